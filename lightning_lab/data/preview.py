@@ -1,0 +1,116 @@
+"""Conversations as the model sees them: what is learned, what is masked, what was cut or dropped."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, TextIO
+
+import numpy as np
+
+from lightning_lab.data.rendering import IGNORED
+from lightning_lab.data.sources import Rows
+from lightning_lab.data.tokenized import TokenizedRows
+
+_NAMED_ROWS = 20  # of a long list; the rest is counted
+
+
+def preview(
+    tokenized: TokenizedRows,
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    limit: int = 3,
+    indices: Sequence[int] | None = None,
+    as_json: bool = False,
+    packing: Mapping[str, Any] | None = None,
+    file: TextIO | None = None,
+) -> None:
+    """Print conversations, then counts over all rows of ``indices``.
+
+    On a terminal learned tokens are coloured and masked ones dim; elsewhere learned tokens stand in ⟦ ⟧.
+
+    Args:
+        tokenized: the tokens.
+        rows: where they come from, to name dropped rows.
+        tokenizer: turns ids back to text.
+        limit: conversations to print; dropped rows are skipped.
+        indices: rows to look at, such as those of a split; all by default.
+        as_json: print only the conversations, one object a line: ``row``, ``input_ids``, ``labels`` (-100 where
+            nothing is learned) and ``text``, which is that of the ids, so truncated like them.
+        packing: statistics to print after the counts.
+        file: standard output by default.
+    """
+    file = file or sys.stdout
+    indices = range(len(tokenized)) if indices is None else indices
+    shown = [index for index in indices if index not in tokenized.dropped][:limit]
+    if as_json:
+        for index in shown:
+            ids, labels = tokenized.input_ids(index).tolist(), tokenized.labels(index).tolist()
+            shown_row = {"row": int(index), "input_ids": ids, "labels": labels, "text": _decode(tokenizer, ids)}
+            print(json.dumps(shown_row, ensure_ascii=False), file=file)
+        return
+
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
+    for index in shown:
+        counts = f"{tokenized.lengths[index]} tokens, {tokenized.supervised[index]} learned"
+        console.print(Text(f"--- {rows.where(index)}: {counts}", style="bold"))
+        text = Text()
+        for piece, learned in _runs(tokenized, index, tokenizer):
+            if console.is_terminal:
+                text.append(piece, style="green" if learned else "dim")
+            else:
+                text.append(f"⟦{piece}⟧" if learned else piece)
+        console.print(text)
+    for line in _summary(tokenized, rows, indices, packing or {}):
+        console.print(line)
+
+
+def _runs(tokenized: TokenizedRows, index: int, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """Yield the text of each run of learned or masked tokens; a span never begins or ends inside a character."""
+    ids = tokenized.input_ids(index)
+    learned = tokenized.labels(index) != IGNORED
+    edges = [0, *(np.flatnonzero(learned[1:] != learned[:-1]) + 1).tolist(), len(ids)]
+    for start, end in pairwise(edges):
+        # A row may quote the codes that steer a terminal.
+        yield _decode(tokenizer, ids[start:end].tolist()).replace("\x1b", "␛"), bool(learned[start])
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _summary(tokenized: TokenizedRows, rows: Rows, indices: Sequence[int], packing: Mapping[str, Any]) -> Iterator[str]:
+    chosen = set(indices)
+    dropped = [index for index in tokenized.dropped if index in chosen]
+    lengths = tokenized.lengths[[index for index in indices if index not in tokenized.dropped]]
+    tokens, supervised = int(lengths.sum()), int(tokenized.supervised[list(indices)].sum())
+    share = 100 * supervised / tokens if tokens else 0.0
+    yield f"{len(chosen)} rows of {rows.name}: {len(lengths)} kept, {len(dropped)} dropped"
+    yield f"{tokens} tokens, {supervised} learned ({share:.1f} %)"
+    if len(lengths):
+        points = (0, 25, 50, 75, 95, 99, 100)
+        values = np.percentile(lengths, points, method="nearest")
+        percentiles = ", ".join(f"p{point} {value}" for point, value in zip(points, values, strict=True))
+        yield f"tokens a row: mean {lengths.mean():.1f}, {percentiles}"
+    for title, found in (
+        ("cut at max_length", tokenized.truncated),
+        ("tokenised otherwise without cuts at the answers", tokenized.boundary_shifted),
+    ):
+        found = [index for index in found if index in chosen]
+        named = f": rows {', '.join(map(str, found[:_NAMED_ROWS]))}" if found else ""
+        yield f"{len(found)} {title}{named}{_more(found)}"
+    for index in dropped[:_NAMED_ROWS]:
+        yield f"dropped {rows.where(index)}: {tokenized.dropped[index]}"
+    if len(dropped) > _NAMED_ROWS:
+        yield f"dropped{_more(dropped)}"
+    for name, value in packing.items():
+        yield f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"
+
+
+def _more(found: Sequence[int]) -> str:
+    return f" and {len(found) - _NAMED_ROWS} more" if len(found) > _NAMED_ROWS else ""

@@ -1,0 +1,229 @@
+"""A data source named in the config -> rows, in a fixed order, each with a place to name in errors."""
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_lab.data.conversation import UnreadableRow
+from lightning_lab.errors import LabError
+
+_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one source.
+
+    Attributes:
+        rows: mappings, or `UnreadableRow` where a row could not be read; read lazily where the format allows.
+        name: what to call the source in messages.
+        fingerprint: changes whenever the rows do.
+        lines: for JSON Lines, each row's line number counted from 1.
+    """
+
+    rows: Sequence[Any]
+    name: str
+    fingerprint: str
+    lines: Sequence[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, index: int) -> str:
+        """Name a row's place for a message: its line counted from 1, otherwise its index counted from 0."""
+        return f"{self.name} line {self.lines[index]}" if self.lines else f"{self.name} row {index}"
+
+
+def load_rows(source: str, limit: int | None = None) -> Rows:
+    """Open a source and keep its first ``limit`` rows (all of them if None).
+
+    Args:
+        source: ``embedded``, ``chitchat``, a local .json, .jsonl or .parquet file, or a Hub id ``owner/name``,
+            of which the split ``train`` is read.
+        limit: at least 1.
+
+    Raises:
+        LabError: the source does not exist, cannot be reached or read, or holds no row.
+    """
+    if limit is not None and limit < 1:
+        raise LabError(f"data.rows is {limit}; it must be at least 1")
+    path = Path(source).expanduser()
+    if source == "embedded":
+        content = _read(_package_file("zaragoza_construction_faq", "data/faq-en-sharegpt.jsonl", "1.2.1"), source)
+        rows = _json_lines(content, source, limit)
+    elif source == "chitchat":
+        rows = _chitchat(_read(_package_file("chitchat_dataset", "dataset.json", "0.9.0"), source), limit)
+    elif path.suffix in _SUFFIXES or path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        rows = _local_file(path, source, limit)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        rows = _hub(source, limit)
+    else:
+        raise LabError(
+            f"data.source '{source}' is not embedded, chitchat, a {', '.join(_SUFFIXES)} file or a Hub id owner/name"
+        )
+    if not len(rows):
+        raise LabError(f"{source} holds no rows; give a data.source with at least one conversation")
+    return rows
+
+
+class _LazyRows(Sequence[Any]):
+    """Rows made when they are asked for, so that a large file is held once, in its compact form."""
+
+    def __init__(self, length: int, row: Callable[[int], Any]) -> None:
+        self._length, self._row = length, row
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -self._length <= index < self._length:
+            raise IndexError(index)
+        return self._row(index % self._length)
+
+
+def _local_file(path: Path, name: str, limit: int | None) -> Rows:
+    if not path.exists():
+        raise LabError(f"{name}: no such file (data.source)")
+    if path.suffix not in _SUFFIXES or not path.is_file():
+        raise LabError(f"{name}: data.source must be a {', '.join(_SUFFIXES)} file, an id owner/name, or embedded")
+    if path.suffix == ".parquet":
+        return _parquet(path, name, limit)
+    content = _read(path, name)
+    if path.suffix == ".jsonl":
+        return _json_lines(content, name, limit)
+    try:
+        rows = json.loads(_decode(content, name))
+    except (ValueError, RecursionError) as error:
+        raise LabError(f"{name} is not JSON: {error}; name it .jsonl if it holds one object a line") from None
+    if not isinstance(rows, list):
+        raise LabError(f"{name} must hold a list of rows; name it .jsonl if it holds one object a line")
+    rows = rows[:limit]
+    return Rows(rows, name, _content_fingerprint(content, len(rows)))
+
+
+def _json_lines(content: bytes, name: str, limit: int | None) -> Rows:
+    # Only "\n" ends a line: JSON text may hold U+2028 and its like, at which str.splitlines would cut.
+    lines = _decode(content, name).split("\n")
+    numbers = [number for number, line in enumerate(lines, start=1) if line.strip()][:limit]
+
+    def row(index: int) -> Any:
+        try:
+            return json.loads(lines[numbers[index] - 1])
+        except (ValueError, RecursionError) as error:
+            return UnreadableRow(f"the line is not JSON ({error})")
+
+    return Rows(_LazyRows(len(numbers), row), name, _content_fingerprint(content, len(numbers)), numbers)
+
+
+def _parquet(path: Path, name: str, limit: int | None) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise LabError(f"{name} is not a readable Parquet file: {error}") from None
+    if limit is not None:
+        table = table.slice(0, limit)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    rows = _LazyRows(len(table), lambda index: table.slice(index, 1).to_pylist()[0])
+    return Rows(rows, name, f"{digest}:{len(table)}")
+
+
+def _chitchat(content: bytes, limit: int | None) -> Rows:
+    """Make user and assistant turns of the Chit Chat Challenge: whoever writes first is the user."""
+    rows = []
+    for conversation in json.loads(content).values():
+        # Blank messages carry nothing; one conversation has two sides only by a blank first message.
+        written = [m for burst in conversation["messages"] for m in burst if m["text"].strip()]
+        if len({message["sender"] for message in written}) != 2:
+            continue
+        turns: list[dict[str, str]] = []
+        before = None
+        for message in written:
+            if message["sender"] == before:
+                turns[-1]["content"] += "\n" + message["text"]
+            else:
+                role = "user" if message["sender"] == written[0]["sender"] else "assistant"
+                turns.append({"role": role, "content": message["text"]})
+            before = message["sender"]
+        rows.append({"messages": turns})
+    rows = rows[:limit]
+    return Rows(rows, "chitchat", _content_fingerprint(content, len(rows)))
+
+
+def _hub(name: str, limit: int | None) -> Rows:
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    try:
+        # One request without retries: the loader itself repeats a failing one for 23 s before it gives up.
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)
+    except errors.OfflineModeIsEnabled:
+        pass  # the loader reads its cache at once
+    except errors.RepositoryNotFoundError:
+        raise LabError(f"the Hub has no data set '{name}' that you may read; check data.source, or {login}") from None
+    except Exception as error:
+        cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+        if not cached.exists():
+            raise LabError(
+                f"cannot reach the Hub for data set '{name}' ({_first_line(error)}); "
+                "check the network, or set data.source to a local file, embedded or chitchat"
+            ) from None
+    try:
+        dataset = datasets.load_dataset(name, split="train")
+    except Exception as error:
+        reason = _first_line(error)
+        if "gated" in str(error).lower():
+            raise LabError(f"data set '{name}' is gated; accept its terms on its Hub page and {login}") from None
+        if isinstance(error, ConnectionError):
+            raise LabError(
+                f"data set '{name}' is not in the local cache and the Hub cannot be reached; "
+                "unset HF_HUB_OFFLINE, or set data.source to a local file, embedded or chitchat"
+            ) from None
+        raise LabError(f"data set '{name}' cannot be loaded: {reason}; check data.source") from None
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    # The data set's own fingerprint depends on its id, configuration and revision.
+    return Rows(dataset, name, f"{dataset._fingerprint}:{len(dataset)}")
+
+
+def _package_file(package: str, file: str, version: str) -> Path:
+    """Locate a data file of an installed package without importing the package."""
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).parent / file if spec is not None and spec.origin else None
+    if path is None or not path.is_file():
+        raise LabError(f"{file} is missing; run: pip install {package.replace('_', '-')}=={version}")
+    return path
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LabError(f"{name} cannot be read: {error.strerror}") from None
+
+
+def _decode(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise LabError(f"{name} line {line} is not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+
+
+def _content_fingerprint(content: bytes, rows: int) -> str:
+    return f"{hashlib.sha256(content).hexdigest()}:{rows}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

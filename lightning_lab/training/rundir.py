@@ -1,0 +1,81 @@
+"""Which run directory a command writes to, and which checkpoint it reads."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_lab.errors import LabError
+
+RUNS = Path("runs")
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """A command's run directory and checkpoint file; no checkpoint for a new run or the untouched base."""
+
+    run_dir: Path
+    checkpoint: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints are."""
+        return self.run_dir / "checkpoints"
+
+
+def resolve_run(command: str, name: str, run_dir: str | None, ckpt_path: str | None) -> RunPaths:
+    """Decide where a command reads and writes. Creates nothing.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        name: The run's name: the first config's.
+        run_dir: The ``run_dir`` key, or None for ``runs/<name>`` (its newest for anything but a new run).
+        ckpt_path: ``best``, ``last``, ``base``, a file, or None.
+
+    Raises:
+        LabError: A checkpoint is needed, or the one named does not exist.
+    """
+    if ckpt_path is None:
+        if command == "fit":
+            return RunPaths(unused_directory(Path(run_dir) if run_dir else RUNS / name))
+        raise LabError(
+            f"{command} needs --ckpt_path: best or last (of the newest run of that name, or of --run_dir), a .ckpt "
+            "file, or base for the untouched base model"
+        )
+    if ckpt_path == BASE:
+        if command == "fit":
+            raise LabError("fit starts from the base anyway: leave --ckpt_path out, or pass last to continue a run")
+        return RunPaths(Path(run_dir) if run_dir else newest_run(name) or RUNS / name)
+    if ckpt_path in ("best", "last"):
+        found = Path(run_dir) if run_dir else newest_run(name)
+        if found is None:
+            raise LabError(f"there is no run of the name {name} under {RUNS}/; train one with `fit`, or pass --run_dir")
+        checkpoint = found / "checkpoints" / f"{ckpt_path}.ckpt"
+        if not checkpoint.is_file():
+            raise LabError(f"{checkpoint}: no such checkpoint; has the run {found} saved one yet?")
+        return RunPaths(found, checkpoint)
+    checkpoint = Path(ckpt_path)
+    if not checkpoint.is_file():
+        raise LabError(f"{ckpt_path}: no such checkpoint; pass best, last, base or a .ckpt file")
+    if run_dir:
+        return RunPaths(Path(run_dir), checkpoint)
+    inside = checkpoint.parent.name == "checkpoints"
+    return RunPaths(checkpoint.parent.parent if inside else newest_run(name) or RUNS / name, checkpoint)
+
+
+def unused_directory(wanted: Path) -> Path:
+    """``wanted``, or with the first free suffix -2, -3, ... if it exists."""
+    candidate, number = wanted, 1
+    while candidate.exists():
+        number += 1
+        candidate = wanted.with_name(f"{wanted.name}-{number}")
+    return candidate
+
+
+def newest_run(name: str) -> Path | None:
+    """The run of that name with the highest suffix under ``runs/``, or None."""
+    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    runs = [(int(m.group(1) or 1), p) for p in RUNS.glob(f"{name}*") if (m := pattern.fullmatch(p.name)) and p.is_dir()]
+    return max(runs)[1] if runs else None

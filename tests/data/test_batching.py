@@ -1,0 +1,71 @@
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_lab.data.batching import StepBatch, collate, epoch_order, pack, share
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
+
+
+@given(LENGTHS, st.integers(1, 256))
+def test_packing_keeps_every_document_once_and_the_budget(lengths: list[int], budget: int) -> None:
+    bins = pack(lengths, budget)
+    assert sorted(i for documents in bins for i in documents) == list(range(len(lengths)))
+    for documents in bins:
+        assert sum(lengths[i] for i in documents) <= budget or len(documents) == 1
+
+
+def test_a_document_over_the_budget_is_alone() -> None:
+    assert pack([10, 600, 20], 512) == [[1], [0, 2]]
+
+
+def test_packing_fills_before_it_opens() -> None:
+    assert pack([6, 4, 5, 5], 10) == [[0, 1], [2, 3]]
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_sharing_keeps_every_document_once_and_is_even(lengths: list[int], processes: int) -> None:
+    dealt = share(lengths, processes)
+    assert len(dealt) == processes
+    assert sorted(i for mine in dealt for i in mine) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in mine) for mine in dealt]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_more_processes_than_documents_leaves_some_empty() -> None:
+    assert share([5], 3) == [[0], [], []]
+
+
+def test_order_is_hugging_faces() -> None:
+    # recorded from accelerate's SeedableRandomSampler at N = 100,000, seed 3407, epoch 0
+    recorded = [60459, 64297, 22049, 75835, 81979, 24360, 91018, 34859, 37512, 57153, 72333, 72266, 91106, 70192]
+    assert epoch_order(100_000, 3407, 0)[:14].tolist() == recorded
+    assert (
+        epoch_order(100, 3407, 1).tolist() == epoch_order(100, 3408, 0).tolist() != epoch_order(100, 3407, 0).tolist()
+    )
+
+
+def test_collating_by_hand() -> None:
+    examples = [
+        (np.array([1, 2, 3, 4], np.int32), np.array([-100, -100, 3, 4], np.int32)),
+        (np.array([5, 6, 7], np.int32), np.array([5, -100, 7], np.int32)),  # a label at the first token is no target
+    ]
+    batch = collate(examples, documents=[8, 9], rows=[80, 90])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch.cu_seqlens.tolist() == [0, 4, 7]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.predicting.tolist() == [1, 2, 5]
+    assert batch.targets.tolist() == [3, 4, 7]
+    assert batch.target_documents.tolist() == [0, 0, 1]
+    assert (batch.tokens, batch.padded_tokens, batch.supervised_tokens) == (7, 7, 3)
+    assert (batch.documents, batch.rows) == ((8, 9), (80, 90))
+
+
+def test_moving_a_step_moves_its_tensors() -> None:
+    micro = collate([(np.array([1, 2], np.int32), np.array([-100, 2], np.int32))], [0], [0])
+    step = StepBatch((micro,), rows=(0,), tokens=2, supervised_tokens=1, padded_tokens=2).to(torch.device("meta"))
+    assert step.micro_batches[0].input_ids.is_meta
+    assert step.micro_batches[0].targets.is_meta
+    assert step.micro_batches[0].document_lengths == (2,)

@@ -1,0 +1,89 @@
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_lab.data.preview import preview
+from lightning_lab.data.rendering import Renderer
+from lightning_lab.data.sources import Rows
+from lightning_lab.data.tokenized import TokenizedRows, tokenize_rows
+
+ROWS = [
+    {"instruction": "Say [bold]hi[/bold]", "output": "hi \x1b[31m", "system": "s"},
+    {"text": "bad"},
+    {"instruction": "Count", "output": "one two three four five six seven eight " * 3, "system": "s"},
+    {"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}] * 1
+     + [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    return Rows(ROWS, "data.json", "0")
+
+
+@pytest.fixture(scope="module")
+def data(rows: Rows, smollm2_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> TokenizedRows:
+    folder: Path = tmp_path_factory.mktemp("cache")
+    renderer = Renderer(smollm2_tokenizer, max_length=34)
+    return tokenize_rows(rows, renderer, on_bad_row="drop", cache_dir=folder, progress=False)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(data: TokenizedRows, rows: Rows, tokenizer: Any, file: io.StringIO | None = None, **options: Any) -> str:
+    file = file or io.StringIO()
+    preview(data, rows, tokenizer, file=file, **options)
+    return file.getvalue()
+
+
+def test_text(data: TokenizedRows, rows: Rows, smollm2_tokenizer: Any) -> None:
+    text = shown(data, rows, smollm2_tokenizer, limit=3, packing={"micro-batches": 2, "fill": 0.51234567})
+    assert "<|im_start|>user\nSay [bold]hi[/bold]<|im_end|>\n<|im_start|>assistant\n⟦hi ␛[31m<|im_end|>⟧\n" in text
+    assert "assistant\n⟦a<|im_end|>⟧\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n⟦c<|im_end|>⟧\n" in text
+    assert text.index("--- data.json row 0: ") < text.index("--- data.json row 2: 34 tokens, ")
+    assert "4 rows of data.json: 3 kept, 1 dropped" in text
+    assert "1 cut at max_length: rows 2\n" in text
+    assert "0 tokenised otherwise without cuts at the answers\n" in text
+    assert (
+        "dropped data.json row 1: no 'conversations', 'messages' or 'instruction' in the row (keys found: text)" in text
+    )
+    assert text.endswith("micro-batches: 2\nfill: 0.5123\n")
+    assert f"{data.lengths.sum()} tokens, {data.supervised.sum()} learned" in text
+    assert "p100 34" in text
+
+
+def test_indices_and_limit(data: TokenizedRows, rows: Rows, smollm2_tokenizer: Any) -> None:
+    text = shown(data, rows, smollm2_tokenizer, indices=[3, 0], limit=1)
+    assert "row 3: " in text
+    assert "row 0: " not in text
+    assert "2 rows of data.json: 2 kept, 0 dropped" in text
+    assert "0 cut at max_length\n" in text
+
+
+def test_colours_on_a_terminal(
+    data: TokenizedRows, rows: Rows, smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    text = shown(data, rows, smollm2_tokenizer, Terminal(), limit=3)
+    assert "⟦" not in text
+    assert "\x1b[32ma<|im_end|>\x1b[0m" in text  # green
+    assert "\x1b[2m" in text  # dim
+    assert "\x1b[31m" not in text  # what the row quotes does not reach the terminal
+
+
+def test_json(data: TokenizedRows, rows: Rows, smollm2_tokenizer: Any) -> None:
+    lines = [json.loads(line) for line in shown(data, rows, smollm2_tokenizer, limit=9, as_json=True).splitlines()]
+    assert [line["row"] for line in lines] == [0, 2, 3]
+    for line in lines:
+        assert set(line) == {"row", "input_ids", "labels", "text"}
+        assert line["input_ids"] == data.input_ids(line["row"]).tolist()
+        assert line["labels"] == data.labels(line["row"]).tolist()
+    assert lines[0]["text"].endswith("<|im_start|>assistant\nhi \x1b[31m<|im_end|>\n")
+    assert len(lines[1]["labels"]) == 34

@@ -1,0 +1,184 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from lightning_lab.data.conversation import RowError, parse_conversation
+from lightning_lab.data.sources import load_rows
+from lightning_lab.errors import LabError
+
+ROWS = [{"messages": [{"role": "assistant", "content": f"\u2028 answer {i}"}]} for i in range(5)]
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, "utf-8")
+    return str(path)
+
+
+def json_lines(path: Path) -> str:
+    return write(path, "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\r\n")
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    rows = load_rows(json_lines(tmp_path / "a.jsonl"), None)
+    assert list(rows.rows) == ROWS
+    assert rows.where(2).endswith("a.jsonl line 5")  # blank lines are counted, but are no rows
+    assert rows.rows[-1] == ROWS[-1]
+
+
+def test_json_list(tmp_path: Path) -> None:
+    rows = load_rows(write(tmp_path / "a.json", json.dumps(ROWS)), None)
+    assert list(rows.rows) == ROWS
+    assert rows.where(2).endswith("a.json row 2")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
+    assert list(load_rows(str(path), None).rows) == ROWS
+    assert list(load_rows(str(path), 3).rows) == ROWS[:3]
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(LabError, match="not a readable Parquet"):
+        load_rows(str(path), None)
+
+
+def test_limit_and_fingerprint(tmp_path: Path) -> None:
+    path = json_lines(tmp_path / "a.jsonl")
+    whole, cut, large = load_rows(path, None), load_rows(path, 2), load_rows(path, 99)
+    assert len(cut) == 2
+    assert list(cut.rows) == ROWS[:2]
+    assert whole.fingerprint == large.fingerprint != cut.fingerprint
+    copied = tmp_path / "b.jsonl"
+    copied.write_bytes(Path(path).read_bytes())
+    assert load_rows(str(copied), None).fingerprint == whole.fingerprint  # content, not name
+    copied.write_bytes(Path(path).read_bytes().replace(b"answer 3", b"answer 4"))
+    assert load_rows(str(copied), None).fingerprint != whole.fingerprint
+    with pytest.raises(LabError, match=r"data\.rows is 0"):
+        load_rows(path, 0)
+
+
+def test_malformed_line_keeps_its_place(tmp_path: Path) -> None:
+    rows = load_rows(write(tmp_path / "a.jsonl", f'{json.dumps(ROWS[0])}\n{{"messages": \n{json.dumps(ROWS[2])}'), None)
+    assert len(rows) == 3
+    assert rows.rows[2] == ROWS[2]
+    with pytest.raises(RowError, match="the line is not JSON"):
+        parse_conversation(rows.rows[1])
+    assert rows.where(1).endswith("line 2")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"b": "\xe9"}', "a.jsonl line 2 is not UTF-8"),
+        ("a.json", b"{", "is not JSON"),
+        ("a.json", b'{"a": 1}\n{"a": 2}', "name it .jsonl"),
+        ("a.json", b'{"a": 1}', "must hold a list"),
+        ("a.json", b"[]", "holds no rows"),
+        ("a.jsonl", b"\n \n", "holds no rows"),
+        ("a.csv", b"a,b", "must be a .json"),
+    ],
+)
+def test_unusable_files(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LabError, match=reason):
+        load_rows(str(tmp_path / name), None)
+
+
+@pytest.mark.parametrize("source", ["nothere.jsonl", "/tmp/x/nothere", "./nothere", "owner/name.json", "a/b/c"])
+def test_missing_file(source: str) -> None:
+    with pytest.raises(LabError, match="no such file"):
+        load_rows(source, None)
+
+
+def test_neither_file_nor_id() -> None:
+    with pytest.raises(LabError, match="is not embedded, chitchat"):
+        load_rows("embeded", None)
+
+
+def test_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())
+    assert len(load_rows(str(tmp_path / "a.json"), None)) == 5
+
+
+def test_embedded() -> None:
+    rows = load_rows("embedded", None)
+    assert len(rows) == 503
+    assert parse_conversation(rows.rows[0]).messages[0].content == "What is a bygglov (building permit)?"
+    assert rows.where(6) == "embedded line 7"
+
+
+def test_chitchat() -> None:
+    rows = load_rows("chitchat", None)
+    assert len(rows) == 4017
+    first = parse_conversation(rows.rows[0]).messages
+    assert [message.role for message in first[:4]] == ["user", "assistant", "user", "assistant"]
+    assert first[0].content == "Hello\nHow are you doing today?"
+    assert first[1].content == "whats up MD\nim doing good\nhow are you doing?"
+    for row in rows.rows:
+        roles = [message.role for message in parse_conversation(row).messages]
+        assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
+
+
+def test_absent_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LabError, match="pip install zaragoza-construction-faq==1.2.1"):
+        load_rows("embedded", None)
+
+
+def test_offline_hub_fails_fast_in_one_line(tmp_path: Path) -> None:
+    code = "from lightning_lab.data.sources import load_rows; load_rows('nobody-here/nothing-here', 3)"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - started < 30
+    assert "LabError: data set 'nobody-here/nothing-here' is not in the local cache" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        ("RepositoryNotFoundError", "the Hub has no data set 'some-owner/some-name' that you may read"),
+        ("ConnectError", "cannot reach the Hub for data set"),
+    ],
+)
+def test_hub_failures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failure: str, reason: str) -> None:
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def fail(*_: object, **__: object) -> None:
+        # Made without its HTTP response, which the class only stores.
+        error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+        raise error if failure == "RepositoryNotFoundError" else OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(LabError, match=reason):
+        load_rows("some-owner/some-name", None)
+
+
+def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    dataset = datasets.Dataset.from_list(ROWS)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: dataset)
+    rows = load_rows("owner/name", 3)
+    assert [rows.rows[i] for i in range(3)] == ROWS[:3]
+    assert len(rows) == 3
+    assert rows.where(2) == "owner/name row 2"
+    assert load_rows("owner/name", 4).fingerprint != rows.fingerprint == load_rows("owner/name", 3).fingerprint
+
+    def gated(name: str, split: str) -> None:
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", gated)
+    with pytest.raises(LabError, match="is gated; accept its terms"):
+        load_rows("owner/name", 3)

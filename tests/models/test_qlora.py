@@ -1,0 +1,264 @@
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lab.errors import LabError
+from lightning_lab.models import base, qlora
+
+from .conftest import CPU, tiny_config
+
+IDS = torch.tensor([[1, 9, 17, 25, 33, 41, 49, 2]])
+
+
+def adapt(model, **changes):
+    settings = dict(
+        r=4, alpha=8, dropout=0.0, target_modules=qlora.DEFAULT_TARGETS, rslora=False, dora=False, seed=3407
+    )
+    return qlora.add_adapters(model, **(settings | changes))
+
+
+@pytest.fixture
+def tiny():
+    """A random Llama of two layers in float32, tied."""
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(tiny_config()).requires_grad_(False).train()
+
+
+def train_once(model, ids=IDS):
+    """One forward and backward with B away from zero, so that A has gradients as well; returns loss and gradients."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.01)
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {n: w.grad.clone() for n, w in model.named_parameters() if w.requires_grad}
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize(
+    ("size", "r", "trainable", "total"),
+    [
+        ("1B", 16, 11_272_192, 1_235_814_400),
+        ("1B", 32, 22_544_384, 1_235_814_400),
+        ("3B", 16, 24_313_856, 3_212_749_824),
+        ("3B", 32, 48_627_712, 3_212_749_824),
+    ],
+)
+def test_llama_3_2_has_the_published_number_of_parameters(llama_on_meta, size, r, trainable, total):
+    model = llama_on_meta(size)
+    assert sum(weight.numel() for weight in model.parameters()) == total
+    assert qlora.count_trainable(adapt(model, r=r, alpha=r)) == trainable
+
+
+# --- values ---
+
+
+def test_the_adapter_starts_without_an_effect(tiny):
+    before = tiny(input_ids=IDS).logits
+    assert torch.equal(adapt(tiny)(input_ids=IDS).logits, before)
+
+
+def test_the_update_is_alpha_over_r_times_b_times_a(tiny):
+    plain = copy.deepcopy(tiny)
+    model = adapt(tiny, r=4, alpha=6, target_modules=["q_proj"])
+    with torch.no_grad():
+        for own, adapted in zip(plain.model.layers, tiny.model.layers, strict=True):
+            q = adapted.self_attn.q_proj
+            q.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(1))
+            own.self_attn.q_proj.weight += 6 / 4 * q.lora_B["default"].weight @ q.lora_A["default"].weight
+    torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_rslora_scales_by_the_root_of_r(tiny):
+    layer = adapt(tiny, r=4, alpha=6, rslora=True).base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == 6 / 2
+
+
+def test_a_is_uniform_and_b_zero(tiny):
+    state = qlora.adapter_state(adapt(tiny, r=32))
+    for name, weight in state.items():
+        if "lora_B" in name:
+            assert not weight.any()
+        else:
+            bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform with a = sqrt 5: sqrt(6 / ((1 + 5) * fan_in))
+            assert weight.abs().max() <= bound
+            assert weight.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_values_depend_on_the_seed_alone(tiny):
+    first = qlora.adapter_state(adapt(copy.deepcopy(tiny)))
+    torch.manual_seed(99)
+    torch.rand(7)
+    before = torch.random.get_rng_state()
+    second = qlora.adapter_state(adapt(copy.deepcopy(tiny)))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    third = qlora.adapter_state(adapt(copy.deepcopy(tiny), seed=3408))
+    assert first.keys() == second.keys() == third.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not any(torch.equal(first[name], third[name]) for name in first if "lora_A" in name)
+
+
+def test_values_do_not_depend_on_the_device_context_around(tiny):
+    """Lightning builds models under its device's context; on the meta device nothing would have a value."""
+    expected = qlora.adapter_state(adapt(copy.deepcopy(tiny)))
+    with torch.device("meta"):
+        state = qlora.adapter_state(adapt(tiny))
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_nothing_is_warned_of(tiny):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = adapt(tiny)
+        qlora.enable_checkpointing(model, "full")
+        qlora.enable_checkpointing(model, "none")
+
+
+# --- precision and quantised bases ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_are_float32_and_learn(tiny_folder, bits, dtype, dora):
+    loaded = base.load_base(str(tiny_folder), bits=bits, compute_dtype=dtype, device=CPU)
+    model = adapt(loaded, dora=dora)
+    state = qlora.adapter_state(model)
+    assert len(state) == 2 * 7 * (3 if dora else 2)
+    assert {weight.dtype for weight in state.values()} == {torch.float32}
+    assert model.get_input_embeddings().weight.dtype == dtype
+    loss, gradients = train_once(model)
+    assert loss.isfinite()
+    assert gradients.keys() == state.keys()
+    assert all(gradient.any() and gradient.dtype == torch.float32 for gradient in gradients.values())
+
+
+def test_real_model_in_four_bits_learns(quantised_folder):
+    loaded = base.load_base(str(quantised_folder), bits=4, compute_dtype=torch.float32, device=CPU)
+    model = adapt(loaded, r=16, alpha=16)
+    # 30 layers x 16 x (in + out): q, o 576+576; k, v 576+192; gate, up, down 576+1536
+    assert qlora.count_trainable(model) == 30 * 16 * (2 * 1152 + 2 * 768 + 3 * 2112)
+    before = {name: weight.clone() for name, weight in model.named_parameters() if not weight.requires_grad}
+    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-3)
+    ids = torch.arange(1000, 1064)[None]
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if name in before)
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"r": 0}, "model.r"),
+        ({"r": -1}, "model.r"),
+        ({"alpha": 0}, "model.alpha"),
+        ({"dropout": -0.1}, "model.dropout"),
+        ({"dropout": 1.0}, "model.dropout"),
+        ({"target_modules": []}, "empty"),
+        ({"target_modules": ["q_proj", "query"]}, "'query'; use some of down_proj, gate_proj, k_proj"),
+        ({"target_modules": ["lm_head"]}, "tied"),
+        ({"target_modules": ["embed_tokens"]}, "tied"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_refused(tiny, changes, part):
+    with pytest.raises(LabError, match="model") as caught:
+        adapt(tiny, **changes)
+    assert part in str(caught.value)
+    assert not any("lora" in name for name, _ in tiny.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_head_and_embeddings_are_refused_untied_too(name):
+    from transformers import LlamaForCausalLM
+
+    with pytest.raises(LabError, match=name) as caught:
+        adapt(LlamaForCausalLM(tiny_config(tie_word_embeddings=False)), target_modules=[name])
+    assert "tied" not in str(caught.value)
+
+
+# --- state ---
+
+
+def test_state_is_exactly_what_trains_and_goes_back(tiny):
+    model = adapt(copy.deepcopy(tiny))
+    train_once(model)
+    state = {name: weight.clone() for name, weight in qlora.adapter_state(model).items()}
+    assert set(state) == {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert all("lora_" in name for name in state)
+
+    fresh = adapt(copy.deepcopy(tiny), seed=1)
+    assert not torch.equal(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    qlora.load_adapter_state(fresh, state)
+    assert torch.equal(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["lacks", "adds", "shape"])
+def test_a_state_that_does_not_fit_changes_nothing(tiny, kind):
+    model = adapt(tiny)
+    state = {name: torch.ones_like(weight) for name, weight in qlora.adapter_state(model).items()}
+    name = sorted(state)[-1]
+    if kind == "lacks":
+        del state[name]
+    elif kind == "adds":
+        state["lm_head.weight"] = torch.ones(1)
+        name = "lm_head.weight"
+    else:
+        state[name] = torch.ones(3, 3)
+    with pytest.raises(LabError, match=kind) as caught:
+        qlora.load_adapter_state(model, state)
+    assert name in str(caught.value)
+    assert not any((weight == 1).all() for weight in qlora.adapter_state(model).values())
+
+
+# --- checkpointing ---
+
+
+def test_checkpointing_recomputes_and_changes_no_gradient(tiny):
+    model = adapt(tiny)
+    calls = []
+    tiny.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    plain_loss, plain = train_once(model)
+    assert len(calls) == 1
+    calls.clear()
+    qlora.enable_checkpointing(model, "full")
+    loss, gradients = train_once(model)
+    assert len(calls) == 2
+    assert torch.equal(loss, plain_loss)
+    assert all(torch.equal(gradients[name], plain[name]) for name in plain)
+    calls.clear()
+    qlora.enable_checkpointing(model, "none")
+    train_once(model)
+    assert len(calls) == 1
+
+
+def test_an_unknown_checkpointing_mode_is_refused(tiny):
+    with pytest.raises(LabError, match=r"model\.checkpointing"):
+        qlora.enable_checkpointing(tiny, "selective")
+
+
+def test_norms_and_embeddings_stay_as_they_were(tiny):
+    """prepare_model_for_kbit_training would have made them float32."""
+    model = adapt(tiny.to(torch.bfloat16))
+    others = {weight.dtype for weight in model.parameters() if not weight.requires_grad}
+    assert others == {torch.bfloat16}
+    assert any(isinstance(module, nn.Embedding) for module in model.modules())
