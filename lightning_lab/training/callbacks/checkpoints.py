@@ -49,9 +49,8 @@ class Checkpoints(pl.Callback):
     # -- the run -------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen for signals; on resume finish a best checkpoint that a kill interrupted, or see that all is done."""
+        """On resume finish a best checkpoint that a kill interrupted, or see that all is done."""
         module = _qlora(pl_module)
-        self._listen()
         if module.completed_steps and self.best_step == module.completed_steps and trainer.is_global_zero:
             best = self.directory / "best.ckpt"
             if not best.exists() or _step_of(best) != self.best_step or not (self.directory / "best").is_dir():
@@ -60,7 +59,8 @@ class Checkpoints(pl.Callback):
             trainer.should_stop = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save before step 1, so that a run killed before its first validation can be resumed."""
+        """Listen for signals; save before step 1, so that a run killed before its first validation can be resumed."""
+        self._listen()  # not earlier: Lightning puts a SIGTERM handler of its own in place after on_fit_start
         if _qlora(pl_module).completed_steps == 0:
             self._save(trainer)
 

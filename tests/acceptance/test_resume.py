@@ -1,0 +1,128 @@
+"""A run that was killed or stopped and then continued is the run that was left alone, bit for bit."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_lab.training.callbacks.checkpoints import read_checkpoint
+from tests.acceptance.conftest import adapter, lab, metrics, start
+
+# Two epochs of 13 steps, validations at 5, 10, 15, ... and 26; dropout and 8-bit state, so that RNG and optimizer count.
+OPTIONS = ("--trainer.max_epochs=2", "--model.dropout=0.1", "--model.optimizer=adamw_8bit", "--samples=0")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_args: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        lab("fit", *tiny_args, *OPTIONS)
+    return folder / "runs" / "embedded"
+
+
+def stop_at(step: int, number: int, args: list[str], folder: Path) -> int:
+    """Start a run, send it a signal once ``metrics.csv`` shows ``step``, return its exit status."""
+    process = start("fit", *args, *OPTIONS, cwd=folder)
+    rows = folder / "runs" / "embedded" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not (rows.exists() and f"\n{step}," in rows.read_text()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the run never came to that step"
+        time.sleep(0.001)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert metrics(run) == metrics(whole)
+    for name in ("last", "best"):
+        ours, theirs = adapter(run, name), adapter(whole, name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert (run / "losses.md").read_text() == (whole / "losses.md").read_text()
+    best, expected = (r / "checkpoints" / "best" / "adapter_model.safetensors" for r in (run, whole))
+    assert best.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("step", "number", "status"),
+    [
+        (18, signal.SIGKILL, -9),  # in epoch 2, after the validation at 15
+        (2, signal.SIGKILL, -9),  # before the first validation
+        (26, signal.SIGKILL, -9),  # around the last step's validation and the best checkpoint
+        (17, signal.SIGINT, 130),
+        (10, signal.SIGTERM, 143),  # a step with a validation
+    ],
+)
+def test_stopped_and_continued(
+    tiny_args: list[str],
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    number: int,
+    status: int,
+) -> None:
+    assert stop_at(step, number, tiny_args, tmp_path) == status
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/embedded")
+    read_checkpoint(run / "checkpoints" / "last.ckpt")  # whole
+    if status > 0:  # a signal that can be caught saves where it stopped, not at the validation before
+        assert read_checkpoint(run / "checkpoints" / "last.ckpt")["lightning_lab"]["completed_steps"] >= step
+    lab("fit", *tiny_args, *OPTIONS, "--ckpt_path=last")
+    assert list(Path("runs").iterdir()) == [run]  # continued in place
+    assert_same(run, uninterrupted)
+
+
+def test_an_epochs_last_step_and_saves_between_validations(
+    tiny_args: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Continue from every kind of position: each step is saved, and copies of last.ckpt are continued from."""
+    monkeypatch.chdir(tmp_path)
+    lab("fit", *tiny_args, *OPTIONS, "--checkpoint_every_steps=1", "--trainer.max_steps=14")
+    # a run of 14 steps decays its learning rate faster, so only its order of rows is compared here
+    assert [r["step"] for r in metrics(Path("runs/embedded")) if r["val_loss"]] == ["5", "10", "14"]
+    saved = read_checkpoint(Path("runs/embedded/checkpoints/last.ckpt"))
+    assert saved["lightning_lab"]["completed_steps"] == 14
+
+
+def test_a_finished_run_is_left_as_it_is(
+    tiny_args: list[str], uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(uninterrupted.parents[1])
+    before = (uninterrupted / "metrics.csv").read_text()
+    lab("fit", *tiny_args, *OPTIONS, "--ckpt_path=last")
+    assert (uninterrupted / "metrics.csv").read_text() == before
+    assert read_checkpoint(uninterrupted / "checkpoints" / "last.ckpt")["lightning_lab"]["completed_steps"] == 26
+
+
+def test_a_second_signal_leaves_at_once(tiny_args: list[str], tmp_path: Path) -> None:
+    process = start("fit", *tiny_args, *OPTIONS, "--trainer.max_epochs=500", "--val_every_steps=1", cwd=tmp_path)
+    rows = tmp_path / "runs" / "embedded" / "metrics.csv"
+    while not (rows.exists() and "\n3," in rows.read_text()):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    read_checkpoint(tmp_path / "runs" / "embedded" / "checkpoints" / "last.ckpt")
+
+
+def test_early_stopping_stops_and_stays_stopped(
+    tiny_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = [*tiny_args, "--samples=0", "--model.lr=1.0", "--model.max_grad_norm=null", "--val_every_steps=1"]
+    lab("fit", *args, "--early_stopping=2", "--trainer.max_epochs=2")
+    run = Path("runs/embedded")
+    rows = [r for r in metrics(run) if r["val_loss"]]
+    losses = [float(r["val_loss"]) for r in rows]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 26
+    lab("fit", *args, "--early_stopping=2", "--trainer.max_epochs=2", "--ckpt_path=last")
+    assert len([r for r in metrics(run) if r["val_loss"]]) == len(losses)
