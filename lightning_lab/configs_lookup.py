@@ -22,15 +22,32 @@ def find_config(name: str) -> Path:
     """Find a config: as a path first, then, for a bare name, among the packaged ones.
 
     Raises:
-        LabError: There is no such file; names the packaged ones.
+        LabError: There is no such file (names the packaged ones), or it is not YAML.
     """
     path = Path(name)
-    if path.is_file():
-        return path
     packaged = configs_dir() / name
+    if path.is_file():
+        return _checked(path)
     if path.name == name and packaged.is_file():
         return packaged
     raise LabError(f"{name}: no such config here or among the packaged ones ({', '.join(packaged_configs())})")
+
+
+def _checked(path: Path) -> Path:
+    """Name the file and the line of broken YAML; the parser would name neither."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except UnicodeDecodeError:
+        raise LabError(f"{path}: is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise LabError(f"{path}{line}: is not YAML ({getattr(error, 'problem', None) or error})") from None
+    if not isinstance(content, dict):
+        raise LabError(f"{path}: holds no settings; a config is `key: value` lines such as those of --print_config")
+    return path
 
 
 def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:

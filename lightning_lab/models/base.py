@@ -7,8 +7,8 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import re
+import shutil
 import sys
 import tempfile
 from functools import lru_cache

@@ -383,6 +383,8 @@ class QLoRAModule(pl.LightningModule):
         checkpoint["lightning_lab"] = {
             "completed_steps": self.completed_steps,
             "loss_scale": self.loss_scale.state(),
+            "adapter_settings": self._adapter_settings(),
+            "run_settings": self._run_settings(),
             "rng": {
                 "python": random.getstate(),
                 "torch": torch.get_rng_state(),
@@ -391,13 +393,51 @@ class QLoRAModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take position, loss scale and RNG back; the RNG is set when training starts."""
+        """Take position, loss scale and RNG back; the RNG is set when training starts.
+
+        Raises:
+            LabError: The adapter, or for `fit` the run, was made under other settings.
+        """
         state = checkpoint["lightning_lab"]
+        _demand_equal(state["adapter_settings"], self._adapter_settings())
+        if self.trainer.state.fn == "fit":
+            _demand_equal(state["run_settings"], self._run_settings())
         self.completed_steps = state["completed_steps"]
         self.loss_scale = LossScale(**state["loss_scale"])
         self._saved_rng = state["rng"]
         if isinstance(getattr(self.trainer, "datamodule", None), ChatDataModule):
             self.chat_data.completed_steps = self.completed_steps
+
+    def _adapter_settings(self) -> dict[str, Any]:
+        """What the adapter's values mean something under; its shapes alone would not tell another alpha."""
+        return {
+            "model.r": self.r,
+            "model.alpha": self.alpha,
+            "model.rslora": self.rslora,
+            "model.dora": self.dora,
+            "model.target_modules": sorted(self.target_modules),
+        }
+
+    def _run_settings(self) -> dict[str, Any]:
+        """What must stay the same for a resumed run to be the run that was interrupted."""
+        data = self.chat_data
+        return {
+            "model.bits": self.bits,
+            "model.compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+            "model.lr": self.lr,
+            "model.dropout": self.dropout,
+            "model.optimizer": self.optimizer_name,
+            "model.weight_decay": self.weight_decay,
+            "model.betas": list(self.betas),
+            "model.eps": self.eps,
+            "model.warmup_steps": self.warmup_steps,
+            "model.max_grad_norm": self.max_grad_norm,
+            "seed_everything": self.seed,
+            "data.batch_size": data.batch_size,
+            "data.split": [float(part) for part in data.split],
+            "data.split_seed": data.split_seed,
+            "data.source (or how it is rendered)": data.tokenized.fingerprint,
+        }
 
     def on_train_start(self) -> None:
         """Restore the RNG last, after everything else that might have drawn from it."""
@@ -408,6 +448,12 @@ class QLoRAModule(pl.LightningModule):
         if self._saved_rng["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(self._saved_rng["cuda"])
         self._saved_rng = None
+
+
+def _demand_equal(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    different = [f"{key} is {now[key]}, was {saved[key]}" for key in saved if saved[key] != now.get(key)]
+    if different:
+        raise LabError(f"the checkpoint was made under other settings: {'; '.join(different)}; set them as they were")
 
 
 def linear_schedule(step: int, warmup: int, total: int) -> float:

@@ -351,7 +351,9 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "device", "bf16", "expected"),
     [
-        ("auto", "cpu", False, torch.bfloat16),
+        ("auto", "cpu", True, torch.bfloat16),
+        ("auto", "cpu", False, torch.float32),
+        ("bfloat16", "cpu", False, torch.bfloat16),
         ("auto", "cuda", True, torch.bfloat16),
         ("auto", "cuda", False, torch.float16),
         ("bfloat16", "cuda", True, torch.bfloat16),
@@ -361,6 +363,7 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
 )
 def test_compute_dtype(monkeypatch, name, device, bf16, expected):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+    monkeypatch.setattr(base, "_cpu_has_bfloat16", lambda: bf16)
     assert base.resolve_compute_dtype(name, torch.device(device)) == expected
 
 

@@ -1,0 +1,188 @@
+"""Bad input ends with one line, exit status 2, no traceback, and nothing that was saved is lost."""
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_lab.__main__ import COMMANDS, main
+from lightning_lab.configs_lookup import DEFAULTS, configs_dir, packaged_configs
+from tests.acceptance.conftest import lab, metrics, start
+
+GOOD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there"}]}
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Run a command that must fail with one line; return the line."""
+    capsys.readouterr()
+    assert main(list(args)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def bad_rows(tmp_path: Path, *rows: object) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return f"--data.source={path}"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def turns(*pairs: tuple[str, object]) -> dict[str, object]:
+    return {"conversations": [{"from": role, "value": value} for role, value in pairs]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("{not json", "JSON"),
+        ({"something": 1}, "something"),
+        (turns(), "empty"),
+        (turns(("human", "Hi"), ("alien", "Hello")), "alien"),
+        (turns(("human", "Hi"), ("gpt", 7)), "must be text"),
+        (turns(("human", "Hi"), ("gpt", None)), "missing"),
+        (turns(("human", "Hi")), "assistant"),
+    ],
+)
+def test_a_bad_row_is_named_and_can_be_dropped(
+    tiny_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], row: object, reason: str
+) -> None:
+    source = bad_rows(tmp_path, *[GOOD] * 6, row, *[GOOD] * 5)
+    args = [*tiny_args, source, "--data.split=[0.5,0.25,0.25]"]
+    line = fails(capsys, "fit", *args)
+    assert "rows.jsonl line 7" in line
+    assert reason.lower() in line.lower()
+    assert not Path("runs/embedded/metrics.csv").exists()
+    lab("fit", *args, "--data.on_bad_row=drop", "--samples=0")
+    run = sorted(Path("runs").iterdir())[-1]
+    splits = json.loads((run / "environment.json").read_text())["data"]["splits"]
+    dropped = {row: why for split in splits.values() for row, why in split["dropped"].items()}
+    assert list(dropped) == ["6"]
+    assert sum(split["conversations"] for split in splits.values()) == 11
+
+
+def test_nothing_left_to_learn(tiny_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing left to learn" in fails(capsys, "fit", *tiny_args, "--data.max_length=12")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model.lrr=1"], "lrr"),
+        (["--model.lr=fast"], "model.lr"),
+        (["--model.bits=5"], "model.bits"),
+        (["--model.r=0"], "model.r"),
+        (["--model.lr=-1"], "model.lr"),
+        (["--data.batch_size=0"], "data.batch_size"),
+        (["--data.split=[1,2]"], "data.split"),
+        (["--data.split=[500,1,1]"], "data.split"),
+        (["--data.source=missing.jsonl"], "missing.jsonl"),
+        (["--model.base=./missing"], "missing"),
+        (["--model.base=missing.gguf"], "missing.gguf"),
+        (["--model.target_modules=[lm_head]"], "lm_head"),
+        (["--model.target_modules=[nonsense]"], "nonsense"),
+        (["--config=missing.yaml"], "missing.yaml"),
+        (["--val_every_steps=0"], "val_every_steps"),
+        (["--trainer.max_epochs=null"], "trainer.max_epochs"),
+        (["--trainer.precision=bf16-true"], "model.compute_dtype"),
+        (["--trainer.accumulate_grad_batches=4"], "data.batch_size"),
+        (["--trainer.gradient_clip_val=1.0"], "model.max_grad_norm"),
+        (["--trainer.val_check_interval=10"], "val_every_steps"),
+        (["--trainer.strategy=fsdp"], "fsdp"),
+        (["--trainer.accelerator=cuda"], "cuda"),
+        (["--ckpt_path=base"], "base"),
+        (["--ckpt_path=last"], "embedded"),
+        (["--ckpt_path=missing.ckpt"], "missing.ckpt"),
+    ],
+)
+def test_a_setting_that_cannot_be_honoured(
+    tiny_args: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    assert named.lower() in fails(capsys, "fit", *tiny_args, *arguments).lower()
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_evaluation_needs_a_checkpoint(tiny_args: list[str], capsys: pytest.CaptureFixture[str], command: str) -> None:
+    line = fails(capsys, command, *tiny_args)
+    assert all(choice in line for choice in ("best", "last", "base", ".ckpt"))
+
+
+def test_an_unknown_command_and_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "fit" in fails(capsys, "fitt")
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*COMMANDS, *packaged_configs()))
+
+
+def test_broken_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("model: [unclosed\n")
+    assert "broken.yaml" in fails(capsys, "fit", "--config=broken.yaml")
+
+
+@pytest.mark.parametrize("name", packaged_configs())
+def test_every_packaged_config_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["fit", "--config", name, "--print_config"])
+    assert leaving.value.code == 0
+    assert "val_every_steps:" in capsys.readouterr().out
+
+
+def test_every_packaged_config_says_what_it_is() -> None:
+    for path in configs_dir().glob("*.yaml"):
+        head = [line for line in path.read_text().splitlines()[:4] if line.startswith("#")]
+        assert head, path
+        if path.name != DEFAULTS:
+            assert any("Needs" in line for line in head), path
+
+
+class TestCheckpoints:
+    def test_a_corrupt_one_is_named_and_the_run_is_left_alone(
+        self, tiny_args: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lab("fit", *tiny_args, "--trainer.max_steps=3", "--samples=0")
+        last = Path("runs/embedded/checkpoints/last.ckpt")
+        whole, rows = last.read_bytes(), metrics(Path("runs/embedded"))
+        last.write_bytes(whole[: len(whole) // 2])
+        for command in ("fit", "test"):
+            assert "last.ckpt" in fails(capsys, command, *tiny_args, "--ckpt_path=last")
+        assert metrics(Path("runs/embedded")) == rows
+        last.write_bytes(b"")
+        assert "last.ckpt" in fails(capsys, "test", *tiny_args, "--ckpt_path=last")
+
+        last.write_bytes(whole)
+        line = fails(capsys, "test", *tiny_args, "--ckpt_path=last", "--model.r=16")
+        assert "model.r" in line
+        assert "model.alpha" in fails(capsys, "test", *tiny_args, "--ckpt_path=last", "--model.alpha=20")
+        line = fails(capsys, "fit", *tiny_args, "--ckpt_path=last", "--data.batch_size=5", "--trainer.max_steps=9")
+        assert "data.batch_size" in line
+        assert metrics(Path("runs/embedded")) == rows
+
+
+class TestWithoutANetwork:
+    """The Hub's host does not resolve, or takes connections and never answers: one line within seconds."""
+
+    @pytest.mark.parametrize("offline", ["0", "1"])
+    @pytest.mark.parametrize("key", ["model.base=nobody/nothing", "data.source=nobody/nothing"])
+    def test_one_line_soon(self, tiny_args: list[str], tmp_path: Path, offline: str, key: str) -> None:
+        with socket.socket() as silent:
+            silent.bind(("127.0.0.1", 0))
+            silent.listen()
+            started = time.monotonic()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("HF_HUB_OFFLINE", offline)
+                patch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+                patch.setenv("HF_HOME", str(tmp_path / "hub"))
+                process = start("fit", *tiny_args, f"--{key}", cwd=tmp_path)
+                error = process.communicate(timeout=120)[1]
+        assert process.returncode == 2, error
+        assert "Traceback" not in error
+        assert [line for line in error.splitlines() if line.startswith("error: ")], error
+        assert "nobody/nothing" in error
+        assert time.monotonic() - started < 90
