@@ -63,6 +63,7 @@ class LabCLI(LightningCLI):
         command: The command to run.
         args: Its arguments, configs resolved.
         name: The run's name.
+
     """
 
     def __init__(self, command: str, args: list[str], name: str) -> None:
@@ -116,7 +117,9 @@ class LabCLI(LightningCLI):
             "--run_dir", type=str | None, default=None, help="The run's directory; null for runs/<first config's name>."
         )
         if self.command == "predict":
-            parser.add_argument("--output", type=str | None, default=None, help="File; null for one in the run directory.")
+            parser.add_argument(
+                "--output", type=str | None, default=None, help="File; null for one in the run directory."
+            )
 
     # -- between parsing and running -----------------------------------------------------------------------------
 
@@ -144,7 +147,7 @@ class LabCLI(LightningCLI):
         settings.ckpt_path = str(self.paths.checkpoint) if self.paths.checkpoint else None
         settings.weights_only = True
         self.evaluates_base = self.command != "fit" and self.paths.checkpoint is None
-        if rank_zero_only.rank == 0:
+        if int(getattr(rank_zero_only, "rank", 0)) == 0:
             self.paths.checkpoints.mkdir(parents=True, exist_ok=True)
 
     def _config_text(self) -> str:
@@ -254,12 +257,19 @@ class LabCLI(LightningCLI):
 
 def results_table(run_dir: Path) -> str:
     """All evaluations that a run directory holds, as one table: the base beside the checkpoint, split by split."""
-    lines = ["| split | model | loss | perplexity | token accuracy | conversations | tokens |", "|---|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| split | model | loss | perplexity | token accuracy | conversations | tokens |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     for split in ("train", "validation", "test"):
         for path in (run_dir / f"{split}-base.json", run_dir / f"{split}.json"):
             if path.exists():
                 record = json.loads(path.read_text())
-                model = "base" if record["checkpoint"] == BASE else f"{Path(record['checkpoint']).stem}, step {record['step']}"
+                model = (
+                    "base"
+                    if record["checkpoint"] == BASE
+                    else f"{Path(record['checkpoint']).stem}, step {record['step']}"
+                )
                 lines.append(
                     f"| {split} | {model} | {record[f'{split}_loss']:.4f} | {record[f'{split}_perplexity']:.2f} | "
                     f"{record[f'{split}_token_accuracy']:.4f} | {record['conversations']:,} | "
@@ -273,6 +283,7 @@ def refuse_trainer_settings(trainer: Any) -> None:
 
     Raises:
         LabError: Names the setting and what to set instead.
+
     """
     defaults = {p: v.default for p, v in _signature(pl.Trainer).items()}
     for key, instead in REFUSED.items():

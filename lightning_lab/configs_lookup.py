@@ -23,6 +23,7 @@ def find_config(name: str) -> Path:
 
     Raises:
         LabError: There is no such file (names the packaged ones), or it is not YAML.
+
     """
     path = Path(name)
     packaged = configs_dir() / name
@@ -55,6 +56,7 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
 
     Returns:
         The arguments, and the files in order.
+
     """
     resolved: list[str] = []
     files: list[Path] = []

@@ -34,6 +34,7 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
     Returns:
         Positions in ``lengths``, each exactly once, ascending within a micro-batch.
+
     """
     room: list[int] = []
     packed: list[list[int]] = []
@@ -63,6 +64,7 @@ class MicroBatch:
         document_lengths: Tokens of each document, on the host.
         documents: Each document's number in its split.
         rows: Each document's row in the source.
+
     """
 
     input_ids: Tensor
@@ -113,6 +115,7 @@ class StepBatch:
         tokens: Real tokens of the step.
         supervised_tokens: Supervised tokens of the step; the loss and its gradient are divided by it.
         padded_tokens: Tokens worked on by this process, padding included.
+
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -130,7 +133,9 @@ class StepBatch:
         return replace(self, micro_batches=tuple(m.pin_memory() for m in self.micro_batches))
 
 
-def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], documents: Sequence[int], rows: Sequence[int]) -> MicroBatch:
+def collate(
+    examples: Sequence[tuple[np.ndarray, np.ndarray]], documents: Sequence[int], rows: Sequence[int]
+) -> MicroBatch:
     """Lay examples one after another in one row.
 
     A label at a document's first token has nothing before it to predict it from and is never a target; in a packed row
@@ -140,6 +145,7 @@ def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], documents: Sequen
         examples: ``(input_ids, labels)`` of each document, int32 ``[length]``, -100 where masked.
         documents: Each document's number in its split.
         rows: Each document's row in the source.
+
     """
     lengths = tuple(len(ids) for ids, _ in examples)
     starts = np.cumsum((0, *lengths))
@@ -171,6 +177,7 @@ def share(lengths: Sequence[int], processes: int) -> list[list[int]]:
 
     Returns:
         For each process the positions in ``lengths`` that it takes, ascending; a process may get none.
+
     """
     load = [0] * processes
     dealt: list[list[int]] = [[] for _ in range(processes)]

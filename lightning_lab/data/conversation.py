@@ -62,6 +62,7 @@ def parse_conversation(row: Mapping[str, Any] | UnreadableRow) -> Conversation:
 
     Raises:
         RowError: the row is none of these, or a turn is malformed; the reason names the turn, counted from 1.
+
     """
     if isinstance(row, UnreadableRow):
         raise RowError(row.reason)

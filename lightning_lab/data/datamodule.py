@@ -29,8 +29,8 @@ class ChatDataModule(pl.LightningDataModule):
     """Chat data for completion-only fine-tuning, split, tokenised once and packed.
 
     Args:
-        source: Hub id (``owner/name``), a ``.json``, ``.jsonl`` or ``.parquet`` file, or a sample that needs no network:
-            ``embedded`` (503 short questions and answers) or ``chitchat`` (4,017 long conversations).
+        source: Hub id (``owner/name``), a ``.json``, ``.jsonl`` or ``.parquet`` file, or a sample that needs no
+            network: ``embedded`` (503 short questions and answers) or ``chitchat`` (4,017 long conversations).
         rows: Use the first this many rows; null for all.
         split: Sizes of train, validation and test, as counts or as fractions of the rows.
         split_seed: Seed of the split. Not the run's seed, so that runs with different seeds share their splits.
@@ -49,6 +49,7 @@ class ChatDataModule(pl.LightningDataModule):
         predict_source: Another file or Hub id for `predict` to answer, in place of a split.
         num_workers: Processes that build batches beside the training loop.
         seed: Seed of the order of examples. Set from ``seed_everything``.
+
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class ChatDataModule(pl.LightningDataModule):
 
         Raises:
             LabError: The source cannot be read, a row is bad under ``on_bad_row: error``, or the split does not fit.
+
         """
         self._open_tokenizer()
         self.rows: Rows = load_rows(self.source, self.row_limit)
@@ -254,7 +256,7 @@ class ChatDataModule(pl.LightningDataModule):
             numbered = [(int(row), _parse(self.rows, int(row))) for row in rows]
         prompts = [prompt for prompt in (Prompt.of(row, c) for row, c in numbered) if prompt is not None]
         return DataLoader(
-            prompts, batch_size=PREDICT_BATCH_SIZE, collate_fn=list, generator=torch.Generator()
+            _Prompts(prompts), batch_size=PREDICT_BATCH_SIZE, collate_fn=list, generator=torch.Generator()
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -399,14 +401,26 @@ class _MicroBatches(Dataset[MicroBatch]):
         return self.data._micro_batch(self.bins[index], self.split)
 
 
+class _Prompts(Dataset[Prompt]):
+    def __init__(self, prompts: list[Prompt]) -> None:
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+
 def split_sizes(split: Sequence[int | float], rows: int, source: str) -> list[int]:
     """Turn counts or fractions into the sizes of train, validation and test.
 
-    Fractions (a sum of at most 1) round validation and test to the nearest whole row and give the rest of their share to
-    train.
+    Fractions (a sum of at most 1) round validation and test to the nearest whole row and give the rest of their
+    share to train.
 
     Raises:
         LabError: Not three numbers, a negative one, or more rows asked for than there are.
+
     """
     shown = "/".join(f"{part:g}" for part in split)
     if len(split) != 3 or any(part < 0 for part in split) or not sum(split):

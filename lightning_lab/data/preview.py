@@ -40,6 +40,7 @@ def preview(
             nothing is learned) and ``text``, which is that of the ids, so truncated like them.
         packing: statistics to print after the counts.
         file: standard output by default.
+
     """
     file = file or sys.stdout
     indices = range(len(tokenized)) if indices is None else indices

@@ -44,6 +44,7 @@ class Rendered:
         text: what the model sees.
         spans: for each assistant turn the (start, end) characters of its content and end-of-turn token.
         contents: the (start, end) characters of every message's content, in the order of the text.
+
     """
 
     text: str
@@ -61,6 +62,7 @@ class Encoded:
         text: the whole rendered text, before truncation.
         boundary_shift: tokenising the text without cuts at the spans would give other ids.
         truncated: tokens were cut off.
+
     """
 
     input_ids: list[int]
@@ -95,6 +97,7 @@ class Renderer:
 
     Raises:
         LabError: an unknown setting, a missing or broken template, or a tokenizer that does not fit.
+
     """
 
     def __init__(
@@ -169,6 +172,7 @@ class Renderer:
 
         Raises:
             RowError: the template refuses the conversation, or changes or drops a content so that it cannot be placed.
+
         """
         return self._render(conversation.messages, add_generation_prompt=False)
 
@@ -178,6 +182,7 @@ class Renderer:
         Raises:
             RowError: see `render`; also when truncation leaves no label that can be predicted.
             RowTooLongError: it is longer than ``max_length`` under truncation ``drop`` or ``error``.
+
         """
         (result,) = self.encode_batch([conversation])
         if isinstance(result, RowError):
@@ -209,6 +214,7 @@ class Renderer:
 
         Raises:
             RowError: see `render`.
+
         """
         turns = messages.messages if isinstance(messages, Conversation) else tuple(messages)
         plan = self._plan(self._render(turns, add_generation_prompt=True))

@@ -24,6 +24,7 @@ class Rows:
         name: what to call the source in messages.
         fingerprint: changes whenever the rows do.
         lines: for JSON Lines, each row's line number counted from 1.
+
     """
 
     rows: Sequence[Any]
@@ -49,6 +50,7 @@ def load_rows(source: str, limit: int | None = None) -> Rows:
 
     Raises:
         LabError: the source does not exist, cannot be reached or read, or holds no row.
+
     """
     if limit is not None and limit < 1:
         raise LabError(f"data.rows is {limit}; it must be at least 1")

@@ -46,6 +46,7 @@ class TokenizedRows:
         truncated: indices of rows that were cut at ``max_length``.
         boundary_shifted: indices of rows whose ids differ from those of the text tokenised without cuts.
         fingerprint: of the rows, the renderer and the file's format.
+
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -53,6 +54,7 @@ class TokenizedRows:
 
         Raises:
             ValueError, OSError: the file is not whole.
+
         """
         self._path, self.fingerprint = path, fingerprint
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -118,6 +120,7 @@ def tokenize_rows(
 
     Raises:
         LabError: a bad row, named with its place; or the cache directory cannot be written.
+
     """
     fingerprint = hashlib.sha256(f"{_FORMAT} {rows.fingerprint} {renderer.fingerprint}".encode()).hexdigest()
     path = cache_dir / "tokenized" / f"{fingerprint[:32]}.arrow"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 DOCUMENT_ATTENTION = "lightning_lab_documents"
 
@@ -67,6 +67,7 @@ def document_attention(
 
     Raises:
         ValueError: The borders are missing, a mask or dropout was passed, or the batch has more than one row.
+
     """
     if cu_seqlens is None or document_lengths is None:
         raise ValueError("document attention needs cu_seqlens and document_lengths; generation uses sdpa instead")

@@ -10,6 +10,7 @@ import torch
 
 from lightning_lab.data.conversation import Conversation
 from lightning_lab.data.rendering import Renderer
+from lightning_lab.models.qlora import evaluation_mode
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,6 +40,7 @@ def generate(
 
     Returns:
         The answers' text, without control tokens.
+
     """
     encoded = [renderer.encode_prompt(prompt) for prompt in prompts]
     longest = max(map(len, encoded))
@@ -66,7 +68,7 @@ def _ready_to_generate(model: PeftModel) -> Iterator[None]:
     base = model.get_base_model()
     training = {module: module.training for module in model.modules()}
     attention = base.config._attn_implementation
-    model.eval()
+    evaluation_mode(model)
     base.set_attn_implementation("sdpa")
     try:
         yield

@@ -34,6 +34,7 @@ def supervised_nll_sum(
 
     Returns:
         float32 scalar in nats; 0 with a graph when ``S`` is 0.
+
     """
     return _NLLSum.apply(hidden, head, targets, gradient_scale, chunk_elements)
 
@@ -52,6 +53,7 @@ def supervised_nll(
 
     Returns:
         ``[S]`` float32 nats and ``[S]`` bool.
+
     """
     nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)

@@ -151,3 +151,18 @@ def _check_targets(model: LlamaForCausalLM, target_modules: Sequence[str]) -> No
             )
         if name not in linear:
             raise LabError(f"model.target_modules: the model has no linear layer {name!r}; {valid}")
+
+
+def evaluation_mode(model: nn.Module) -> None:
+    """Put a model in evaluation mode, all but bitsandbytes' 4-bit layers.
+
+    Those have no dropout, so their mode changes no result. But on CPUs with AVX512-BF16 one of them in evaluation mode
+    repacks its weight in place at the first input without gradient, for inference only, and the training steps after
+    a validation would dequantise the repacked bytes (bitsandbytes 0.50, ``Linear4bit.forward``).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.training = True

@@ -18,6 +18,7 @@ class Evaluation:
         nll: ``[conversations]`` float64, each conversation's summed negative log-likelihood in nats.
         tokens: ``[conversations]`` int64, supervised tokens.
         correct: ``[conversations]`` int64, supervised tokens that were the most likely one.
+
     """
 
     nll: Tensor
@@ -56,6 +57,7 @@ class PerConversation(Metric):
 
     Args:
         conversations: How many conversations the split holds.
+
     """
 
     full_state_update = False
@@ -77,6 +79,7 @@ class PerConversation(Metric):
             conversation: ``[S]`` int64, which conversation each target belongs to.
             nll: ``[S]`` float32.
             correct: ``[S]`` bool.
+
         """
         self.nll.index_add_(0, conversation, nll.double())
         self.tokens.index_add_(0, conversation, torch.ones_like(conversation))

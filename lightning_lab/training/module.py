@@ -29,6 +29,7 @@ from lightning_lab.models.qlora import (
     adapter_state,
     add_adapters,
     enable_checkpointing,
+    evaluation_mode,
     load_adapter_state,
 )
 from lightning_lab.training.evaluation import Evaluation, PerConversation
@@ -64,6 +65,7 @@ class QLoRAModule(pl.LightningModule):
         max_new_tokens: Longest answer that `predict` writes.
         temperature: Of `predict`; 0 takes the most likely token each time.
         seed: Seed of the adapters' initial values. Set from ``seed_everything``.
+
     """
 
     strict_loading = True
@@ -77,7 +79,7 @@ class QLoRAModule(pl.LightningModule):
         r: int = 16,
         alpha: int = 16,
         dropout: float = 0.0,
-        target_modules: list[str] = list(DEFAULT_TARGETS),  # noqa: B008  (read only; shown as the default in --help)
+        target_modules: list[str] = list(DEFAULT_TARGETS),  # noqa: B006  (read only; shown in --help)
         rslora: bool = False,
         dora: bool = False,
         optimizer: Literal["adamw_8bit", "adamw"] = "adamw_8bit",
@@ -173,7 +175,12 @@ class QLoRAModule(pl.LightningModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """AdamW over the adapters, and a linear schedule with warm-up over the run's steps."""
         self.total_steps = self.chat_data.total_steps(self.trainer.max_epochs, self.trainer.max_steps)
-        options = {"lr": self.lr, "betas": tuple(self.betas), "eps": self.eps, "weight_decay": self.weight_decay}
+        options: dict[str, Any] = {
+            "lr": self.lr,
+            "betas": tuple(self.betas),
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
         optimizer: Optimizer
         if self.optimizer_name == "adamw_8bit":
             from bitsandbytes.optim import AdamW8bit
@@ -214,6 +221,7 @@ class QLoRAModule(pl.LightningModule):
         Raises:
             LabError: Loss or gradient is not finite (outside float16 scaling, which skips the step), or ten float16
                 steps in a row overflowed. No weight has been changed by the step.
+
         """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -322,6 +330,14 @@ class QLoRAModule(pl.LightningModule):
     def _adapters_as_asked(self) -> Any:
         return self.peft_model.disable_adapter() if self.evaluate_base else nullcontext()
 
+    def on_validation_model_eval(self) -> None:
+        """Evaluation mode before a validation."""
+        evaluation_mode(self)
+
+    def on_test_model_eval(self) -> None:
+        """Evaluation mode before a test."""
+        evaluation_mode(self)
+
     def on_validation_epoch_start(self) -> None:
         """Begin to collect."""
         self._start_evaluation("fit" if self.trainer.state.fn == "fit" else "validate")
@@ -370,7 +386,7 @@ class QLoRAModule(pl.LightningModule):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The adapter's weights and nothing of the base."""
         return adapter_state(self.peft_model)
 
@@ -397,6 +413,7 @@ class QLoRAModule(pl.LightningModule):
 
         Raises:
             LabError: The adapter, or for `fit` the run, was made under other settings.
+
         """
         state = checkpoint["lightning_lab"]
         _demand_equal(state["adapter_settings"], self._adapter_settings())

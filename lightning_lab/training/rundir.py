@@ -36,6 +36,7 @@ def resolve_run(command: str, name: str, run_dir: str | None, ckpt_path: str | N
 
     Raises:
         LabError: A checkpoint is needed, or the one named does not exist.
+
     """
     if ckpt_path is None:
         if command == "fit":

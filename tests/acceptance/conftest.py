@@ -22,7 +22,7 @@ UNREPEATABLE = ("tokens_per_second", "peak_memory_mib")
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two random layers under SmolLM2's tokenizer and template; r 32 gives adapters of 4,096 values, enough for 8-bit state."""
+    """Two random layers under SmolLM2's tokenizer; r 32 gives adapters of 4,096 values, enough for 8-bit state."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny") / "base"

@@ -4,14 +4,13 @@ The loop is written from the recipe with PyTorch, transformers and PEFT alone; o
 the package (they are tested against hand-written spans in ``tests/data``).
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.models.base import locate
@@ -129,9 +128,7 @@ def first_adapter(base: Path) -> dict[str, torch.Tensor]:
 
 
 def compare(run: Path, base: Path, bits: int, tolerance: float, mean_tolerance: float) -> None:
-    losses, norms, final = plain_loop(
-        plain_model(base, bits, torch.float32), first_adapter(base), steps_of(run, base)
-    )
+    losses, norms, final = plain_loop(plain_model(base, bits, torch.float32), first_adapter(base), steps_of(run, base))
     ours = train_column(run, "train_loss")
     assert close(ours, losses, tolerance)
     assert abs(sum(a - b for a, b in zip(ours, losses, strict=True)) / STEPS) < mean_tolerance
@@ -159,10 +156,10 @@ BF16_LARGEST, BF16_MEAN = 0.05, 0.01
 
 
 @pytest.fixture(scope="module")
-def bf16_run(tmp_path_factory: pytest.TempPathFactory, short_chats: Path) -> Iterator[tuple[Path, Path]]:
+def bf16_run(tmp_path_factory: pytest.TempPathFactory, short_chats: Path) -> tuple[Path, Path]:
     base = Path(locate("embedded"))
     run = run_lab(tmp_path_factory.mktemp("bf16"), base, short_chats, **{"model.compute_dtype": "bfloat16"})
-    yield run, base
+    return run, base
 
 
 @pytest.mark.slow

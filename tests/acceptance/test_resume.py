@@ -10,7 +10,7 @@ import torch
 from lightning_lab.training.callbacks.checkpoints import read_checkpoint
 from tests.acceptance.conftest import adapter, lab, metrics, start
 
-# Two epochs of 13 steps, validations at 5, 10, 15, ... and 26; dropout and 8-bit state, so that RNG and optimizer count.
+# Two epochs of 13 steps, validations at 5, 10, ... and 26; dropout and 8-bit state, so that RNG and optimizer count.
 OPTIONS = ("--trainer.max_epochs=2", "--model.dropout=0.1", "--model.optimizer=adamw_8bit", "--samples=0")
 
 

@@ -92,7 +92,13 @@ def test_a_checkpoint_holds_the_adapter_alone_and_plain_peft_loads_it(run: Path,
 
 def test_hugging_faces_trainer_agrees_on_its_validation_loss(run: Path, tiny_base: Path, tmp_path: Path) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        BitsAndBytesConfig,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainingArguments,
+    )
 
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -32,7 +32,7 @@ META = """{{- bos_token }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
-CHATML = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{%- endfor %}
+CHATML = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"""
 TAGGED = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' %}{% generation %}
 {{- m.content + '<|im_end|>' }}{% endgeneration %}{%- else %}{{ m.content + '<|im_end|>' }}{%- endif %}{{ '\\n' }}
@@ -482,7 +482,8 @@ def test_templates_that_cannot_be_located(smollm2_tokenizer: Any, write_template
 
 
 def test_template_that_skips_blank_turns(smollm2_tokenizer: Any, write_template: Any) -> None:
-    skipping = "{%- for m in messages %}{% if m.content | trim %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    skipping = """{%- for m in messages %}{% if m.content | trim %}
+    {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"""
     renderer = Renderer(smollm2_tokenizer, write_template(skipping))
     encoded = renderer.encode(talk(("user", " "), ("assistant", "b")))
     assert encoded.text == "<|im_start|>assistant\nb<|im_end|>\n"

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lightning_lab.models.loss import supervised_nll, supervised_nll_sum
 
@@ -87,7 +87,9 @@ def test_logits_never_exist_whole() -> None:
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.shape[-1:] == (VOCABULARY,) and out.shape[0] != HIDDEN:  # head.T has that shape
+            if (
+                isinstance(out, torch.Tensor) and out.shape[-1:] == (VOCABULARY,) and out.shape[0] != HIDDEN
+            ):  # head.T has that shape
                 shapes.append(out.shape[0])
             return out
 

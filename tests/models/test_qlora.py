@@ -1,6 +1,7 @@
 import copy
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -262,3 +263,21 @@ def test_norms_and_embeddings_stay_as_they_were(tiny):
     others = {weight.dtype for weight in model.parameters() if not weight.requires_grad}
     assert others == {torch.bfloat16}
     assert any(isinstance(module, nn.Embedding) for module in model.modules())
+
+
+def test_evaluation_mode_spares_the_four_bit_layers(smollm_4: Any) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from lightning_lab.models.qlora import evaluation_mode
+
+    modes = {module: module.training for module in smollm_4.modules()}
+    try:
+        smollm_4.train()
+        evaluation_mode(smollm_4)
+        four_bit = [m for m in smollm_4.modules() if isinstance(m, Linear4bit)]
+        assert len(four_bit) == 30 * 7
+        assert all(m.training for m in four_bit)
+        assert not any(m.training for m in smollm_4.modules() if not isinstance(m, Linear4bit))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -35,6 +35,7 @@ class Checkpoints(pl.Callback):
         directory: ``checkpoints`` of the run directory.
         val_every_steps: Optimizer steps between validations.
         every_steps: Also save every this many steps; None for only at validations.
+
     """
 
     def __init__(self, directory: Path, val_every_steps: int, every_steps: int | None) -> None:
@@ -173,6 +174,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         LabError: The file is missing, cut short, or not one of ours.
+
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

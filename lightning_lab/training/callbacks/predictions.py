@@ -15,6 +15,7 @@ class PredictionWriter(pl.Callback):
 
     Args:
         path: The JSONL file; replaced.
+
     """
 
     def __init__(self, path: Path) -> None:

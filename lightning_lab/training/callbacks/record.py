@@ -43,6 +43,7 @@ class RunRecord(pl.Callback):
         run_dir: The run's directory; it exists.
         config: The resolved config as YAML text, written by ``fit``.
         command: The command line, for ``environment.json``.
+
     """
 
     def __init__(self, run_dir: Path, config: str, command: list[str]) -> None:
@@ -63,7 +64,9 @@ class RunRecord(pl.Callback):
         record = environment(pl_module, self.command) | {"data": pl_module.chat_data.record()}
         write_text(self.run_dir / "environment.json", json.dumps(record, indent=2) + "\n")
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Start the step's clock."""
         self._step_started = time.perf_counter()
 
@@ -133,6 +136,7 @@ def loss_table(rows: list[dict[str, str]], base: float | None = None) -> str:
     Args:
         rows: Rows of ``metrics.csv``.
         base: Validation loss of the untouched base, where it has been measured; becomes row 0.
+
     """
     lines = ["| Step | Training Loss | Validation Loss |", "|---:|---:|---:|"]
     if base is not None:

@@ -21,6 +21,7 @@ class Samples(pl.Callback):
         path: ``samples.md`` of the run directory.
         count: How many of the first validation conversations to answer; 0 for none.
         max_new_tokens: Longest answer.
+
     """
 
     def __init__(self, path: Path, count: int, max_new_tokens: int) -> None:
