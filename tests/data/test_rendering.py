@@ -364,7 +364,7 @@ def test_control_tokens_parsed_on_request(llama_tokenizer: Any, llama_renderer: 
 def test_control_tokens_not_marked_special(smollm2_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(smollm2_tokenizer)
     tokenizer.add_tokens(["<|tool|>", "[SEP]", "protein"])  # none of them special
-    tokenizer.chat_template = CHATML.replace("'<|im_end|>'", "'<|im_end|>[SEP]'")
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|im_end|>[SEP]")
     ids = dict(
         zip(["tool", "sep", "word"], tokenizer.convert_tokens_to_ids(["<|tool|>", "[SEP]", "protein"]), strict=True)
     )
