@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_lab.configs_lookup import DEFAULTS, configs_dir, resolve_configs
@@ -190,6 +191,7 @@ class LabCLI(LightningCLI):
             callbacks=[*(self._get(self.config_init, "trainer").callbacks or []), *callbacks],
             logger=self._get(self.config_init, "trainer").logger if trainer.logger not in (None, True) else logger,
             precision="32-true",
+            strategy=_strategy(trainer),
             val_check_interval=settings.val_every_steps,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=trainer.num_sanity_val_steps or 0,
@@ -299,6 +301,23 @@ def refuse_trainer_settings(trainer: Any) -> None:
         raise LabError("trainer.max_steps and trainer.max_epochs must be at least 1")
 
 
+def _strategy(trainer: Any) -> Any:
+    """DDP for several devices, without its broadcast of buffers at each forward pass.
+
+    Nothing changes the base's buffers, and processes run unequal numbers of micro-batches, so a broadcast would hang.
+    """
+    devices = trainer.devices
+    if devices in ("auto", -1, "-1"):
+        gpus = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 1
+        count = max(1, gpus)
+    elif isinstance(devices, int):
+        count = devices
+    else:  # a list such as [0, 1], or the same as text
+        count = len(devices) if isinstance(devices, list) else len(str(devices).split(","))
+    several = count > 1 or trainer.num_nodes > 1 or trainer.strategy == "ddp"
+    return DDPStrategy(forward_sync_buffers=False) if several else trainer.strategy
+
+
 def run(command: str, argv: list[str]) -> int:
     """Run one command; return the exit status: 2 for anything the user can put right, with one line that says how."""
     _quieten()
@@ -385,5 +404,8 @@ def _quieten() -> None:
         ".*GPU available but not used.*",
         ".*Checkpoint directory .* exists.*",
         ".*smaller than the logging interval.*",
+        ".*recommended to use `self.log.*sync_dist.*",  # what is logged has been added up over the processes already
+        ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation needs no Checkpoints callback
+        ".*isinstance\\(treespec, LeafSpec\\).*",
     ):
         warnings.filterwarnings("ignore", pattern)

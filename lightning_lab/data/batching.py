@@ -83,11 +83,6 @@ class MicroBatch:
         return sum(self.document_lengths)
 
     @property
-    def padded_tokens(self) -> int:
-        """Tokens the device works on; equal to ``tokens`` as long as nothing is padded."""
-        return self.input_ids.shape[1]
-
-    @property
     def supervised_tokens(self) -> int:
         """Number of targets."""
         return len(self.targets)
@@ -114,7 +109,7 @@ class StepBatch:
         rows: Source rows of all conversations in the step, in visiting order.
         tokens: Real tokens of the step.
         supervised_tokens: Supervised tokens of the step; the loss and its gradient are divided by it.
-        padded_tokens: Tokens worked on by this process, padding included.
+        padded_tokens: Tokens that all processes work on, padding included.
 
     """
 

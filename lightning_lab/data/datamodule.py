@@ -215,7 +215,7 @@ class ChatDataModule(pl.LightningDataModule):
             rows=tuple(rows),
             tokens=sum(lengths),
             supervised_tokens=sum(int(self.tokenized.supervised[row]) for row in rows),
-            padded_tokens=sum(m.padded_tokens for m in micro_batches),
+            padded_tokens=sum(lengths),  # documents are laid end to end: nothing is padded
         )
 
     def train_dataloader(self) -> StepLoader:
@@ -233,9 +233,17 @@ class ChatDataModule(pl.LightningDataModule):
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def micro_batches(self, split: str, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-        """Cut a split into packed micro-batches of conversation numbers and take this process's share."""
+        """Take this process's share of a split and cut it into packed micro-batches of conversation numbers.
+
+        Raises:
+            LabError: There are fewer conversations than processes; Lightning evaluates nothing on one without any.
+
+        """
         lengths = [int(self.tokenized.lengths[row]) for row in self.splits[split].rows]
-        return pack(lengths, self.micro_batch_tokens)[rank::world_size]
+        if len(lengths) < world_size:
+            raise LabError(f"the {split} split has {len(lengths)} conversations for {world_size} processes; use fewer")
+        mine = share(lengths, world_size)[rank]
+        return [[mine[i] for i in bin_] for bin_ in pack([lengths[i] for i in mine], self.micro_batch_tokens)]
 
     def val_dataloader(self) -> DataLoader:
         """Packed micro-batches of the split that this stage evaluates."""

@@ -59,7 +59,7 @@ def test_collating_by_hand() -> None:
     assert batch.predicting.tolist() == [1, 2, 5]
     assert batch.targets.tolist() == [3, 4, 7]
     assert batch.target_documents.tolist() == [0, 0, 1]
-    assert (batch.tokens, batch.padded_tokens, batch.supervised_tokens) == (7, 7, 3)
+    assert (batch.tokens, batch.supervised_tokens) == (7, 3)
     assert (batch.documents, batch.rows) == ((8, 9), (80, 90))
 
 
