@@ -17,8 +17,10 @@ from lightning_lab.models.base import locate
 from tests.acceptance.conftest import adapter, arguments, close, lab, largest_difference, train_column
 
 STEPS, BATCH, LR, R, ALPHA = 20, 3, 1e-3, 8, 16
-TINY_MEAN, TINY_DISTANCE = 0.001, 0.1
-MEAN, DISTANCE = 0.005, 0.1
+TINY_MEAN, TINY_DISTANCE = 0.001, 0.1  # measured: 0.000135 without a fault, 0.0029 with the smallest (alpha 5 % off)
+# SmolLM2, measured: 0.0077 without a fault, 0.29 and 4.2 with mean of means and shifted mask. Alpha 5 % off gave 0.0086
+# and cannot be told from rounding over so few tokens; the tiny Llama's bound is what rejects that one.
+MEAN, DISTANCE = 0.05, 0.2
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Example = tuple[list[int], list[int]]
 
@@ -105,7 +107,8 @@ def plain_loop(
         tokens = sum(1 for _, labels in step for label in labels[1:] if label != -100)
         loss = 0.0
         for ids, labels in step:
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+            # float64 from here: over 49,152 tokens float32 cross_entropy is off by more than 1e-6 a token, always down
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
             shift = 2 if fault == "shifted mask" else 1
             targets = torch.tensor(labels[shift:])
             nll = F.cross_entropy(logits[: len(targets)], targets, ignore_index=-100, reduction="sum")
@@ -199,7 +202,7 @@ def smollm2_bf16_run(tmp_path_factory: pytest.TempPathFactory, short_chats: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if not fault.startswith("alpha")])
 def test_smollm2_in_4_bit_bfloat16_and_planted_faults(smollm2_bf16_run: Path, fault: str) -> None:
     mean, distance = bf16_residuals(smollm2_bf16_run, Path(locate("embedded")), fault)
     assert (mean < MEAN and distance < DISTANCE) == (fault == "")
