@@ -187,8 +187,10 @@ class LabCLI(LightningCLI):
             callbacks.append(PredictionWriter(output))
         if trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
+        own = self._get(self.config_init, "trainer").callbacks or []
+        own = own if isinstance(own, list) else [own]
         return super().instantiate_trainer(
-            callbacks=[*(self._get(self.config_init, "trainer").callbacks or []), *callbacks],
+            callbacks=[*own, *callbacks],
             logger=self._get(self.config_init, "trainer").logger if trainer.logger not in (None, True) else logger,
             precision="32-true",
             strategy=_strategy(trainer),
