@@ -51,7 +51,8 @@ def lab(*args: str) -> None:
 
 def start(*args: str, cwd: Path, stderr: Any = subprocess.PIPE) -> "subprocess.Popen[str]":
     """Start a command in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # as many threads as here: sums over other numbers of threads differ in the last bit
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         [sys.executable, "-m", "lightning_lab", *args], cwd=cwd, env=environment, text=True, stderr=stderr
     )
