@@ -49,10 +49,10 @@ def lab(*args: str) -> None:
     assert main(list(args)) == 0
 
 
-def start(*args: str, cwd: Path, stderr: Any = subprocess.PIPE) -> "subprocess.Popen[str]":
+def start(*args: str, cwd: Path, stderr: Any = subprocess.PIPE, threads: int | None = None) -> "subprocess.Popen[str]":
     """Start a command in a process of its own."""
     # as many threads as here: sums over other numbers of threads differ in the last bit
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
     return subprocess.Popen(
         [sys.executable, "-m", "lightning_lab", *args], cwd=cwd, env=environment, text=True, stderr=stderr
     )

@@ -11,7 +11,7 @@ PROCESSES = ("--trainer.accelerator=cpu", "--trainer.strategy=ddp")
 
 
 def finish(folder: Path, *args: str) -> None:
-    process = start(*args, cwd=folder)
+    process = start(*args, cwd=folder, threads=1)  # two processes of two threads each on two cores crawl
     error = process.communicate(timeout=240)[1]
     assert process.returncode == 0, error
 
