@@ -1,16 +1,408 @@
+"""ChatDataModule on short chats: which row goes to which split, step and process, against numpy and torch alone."""
+
+import copy
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 
-from lightning_lab.data.datamodule import split_sizes
+from lightning_lab.data.conversation import Conversation, Message
+from lightning_lab.data.datamodule import ChatDataModule, Prompt, StepLoader, split_sizes
 from lightning_lab.errors import LabError
+from lightning_lab.models import base
+
+SPLIT_SEED, SEED, BATCH_SIZE = 11, 5, 4
+STEPS = 5  # of an epoch: 18 training rows in fours, the last step has 2
 
 
-def test_counts_and_fractions() -> None:
-    assert split_sizes([12_000, 1_500, 1_500], 15_000, "x") == [12_000, 1_500, 1_500]
-    assert split_sizes([0.8, 0.1, 0.1], 503, "x") == [403, 50, 50]
-    assert split_sizes([1, 0, 0], 7, "x") == [7, 0, 0]
+def build(tiny_base: Path, source: Path | str, **changes: Any) -> ChatDataModule:
+    settings = dict(
+        rows=40,
+        split=[18, 9, 8],
+        split_seed=SPLIT_SEED,
+        template="tokenizer",
+        batch_size=BATCH_SIZE,
+        micro_batch_tokens=150,
+        seed=SEED,
+    )
+    return ChatDataModule(source=str(source), tokenizer=str(tiny_base), **settings | changes)
 
 
-@pytest.mark.parametrize("split", [[1, 2], [-1, 2, 3], [0, 0, 0], [10, 1.5, 1], [10, 10, 10]])
-def test_what_does_not_fit_is_said(split: list[int | float]) -> None:
-    with pytest.raises(LabError, match="data.split"):
-        split_sizes(split, 20, "x")
+@pytest.fixture(scope="module", autouse=True)
+def _one_tokenizer() -> Iterator[None]:
+    """Load each tokenizer once, not for every data module: half a second each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "load_tokenizer", functools.cache(base.load_tokenizer))
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_base: Path, short_chats: Path) -> ChatDataModule:
+    data = build(tiny_base, short_chats)
+    data.prepare(progress=False)
+    return data
+
+
+@pytest.fixture
+def data(prepared: ChatDataModule) -> ChatDataModule:
+    return copy.copy(prepared)
+
+
+@pytest.fixture(scope="module")
+def train_rows() -> list[int]:
+    """The 18 training rows in split order."""
+    return np.random.default_rng(SPLIT_SEED).permutation(40)[:18].tolist()
+
+
+def visited(step: int) -> list[int]:
+    """Documents of a step, from the definition."""
+    epoch, within = divmod(step, STEPS)
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(SEED + epoch)).tolist()
+    return order[4 * within : 4 * within + 4]
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class TestSplitSizes:
+    @pytest.mark.parametrize(
+        ("split", "rows", "sizes"),
+        [
+            ([12_000, 1_500, 1_500], 15_000, [12_000, 1_500, 1_500]),
+            ([10, 5, 0], 40, [10, 5, 0]),  # counts may leave rows over
+            ([10.0, 5.0, 2.0], 17, [10, 5, 2]),  # YAML's 10.0 is a count
+            ([0.8, 0.1, 0.1], 503, [403, 50, 50]),
+            ([0.7, 0.2, 0.1], 10, [7, 2, 1]),  # in floats these add up to less than 1
+            ([0.1, 0.2, 0.7], 10, [1, 2, 7]),  # and these to more
+            ([0.5, 0.25, 0.25], 11, [5, 3, 3]),  # 2.75 rounds to 3, training takes the rest
+            ([0.5, 0.25, 0.0], 8, [4, 2, 0]),  # a sum below 1 leaves rows over
+            ([0, 0, 1], 7, [0, 0, 7]),
+        ],
+    )
+    def test_sizes(self, split: list[int | float], rows: int, sizes: list[int]) -> None:
+        assert split_sizes(split, rows, "x") == sizes
+
+    @pytest.mark.parametrize(
+        ("split", "message"),
+        [
+            ([1, 2], r"^data\.split is 1/2; give three sizes or three fractions"),
+            ([1, 2, 3, 4], r"^data\.split is 1/2/3/4; give three"),
+            ([10, -1, 2], r"^data\.split is 10/-1/2; give three"),
+            ([0, 0, 0], r"^data\.split is 0/0/0; give three"),
+            ([10, 1.5, 1], r"^data\.split is 10/1\.5/1; counts must be whole numbers"),
+            ([0.9, 0.1, 0.1], r"^data\.split is 0\.9/0\.1/0\.1; counts must be whole numbers, and fractions add up"),
+            ([38, 1, 2], r"asks for 41 rows \(38/1/2\), but here\.jsonl gives 40; lower data\.split, raise data\.rows"),
+        ],
+    )
+    def test_what_cannot_be_split_is_said(self, split: list[int | float], message: str) -> None:
+        with pytest.raises(LabError, match=message):
+            split_sizes(split, 40, "here.jsonl")
+
+    @pytest.mark.xfail(strict=True, reason="validation and test both round up, and training becomes -1 rows")
+    @pytest.mark.parametrize("rows", [3, 7])
+    def test_no_split_is_negative(self, rows: int) -> None:
+        sizes = split_sizes([0, 0.5, 0.5], rows, "x")
+        assert min(sizes) >= 0
+        assert sum(sizes) == rows
+
+
+class TestSettings:
+    @pytest.mark.parametrize("key", ["batch_size", "micro_batch_tokens", "max_length", "rows"])
+    def test_must_be_at_least_one(self, key: str) -> None:
+        with pytest.raises(LabError, match=rf"^data\.{key} is 0; it must be at least 1"):
+            ChatDataModule(**{key: 0})
+
+    def test_workers_may_be_none(self) -> None:
+        with pytest.raises(LabError, match=r"^data\.num_workers is -1; it must be at least 0"):
+            ChatDataModule(num_workers=-1)
+        assert ChatDataModule(num_workers=0).num_workers == 0
+
+    def test_each_stage_has_its_split(self) -> None:
+        data = ChatDataModule()
+        stages = ("fit", "validate", "test", "predict")
+        assert [data.split_for(stage) for stage in stages] == ["validation", "validation", "test", "test"]
+        data.eval_split = "train"
+        assert [data.split_for(stage) for stage in stages] == ["validation", "train", "train", "train"]
+
+
+class TestSplits:
+    def test_a_permutation_of_the_first_rows_cut_in_order(self, data: ChatDataModule) -> None:
+        order = np.random.default_rng(SPLIT_SEED).permutation(40)
+        assert data.splits["train"].rows.tolist() == order[:18].tolist()
+        assert data.splits["validation"].rows.tolist() == order[18:27].tolist()
+        assert data.splits["test"].rows.tolist() == order[27:35].tolist()  # five rows are in no split
+        assert len(data.rows) == 40  # of 80
+
+    def test_the_runs_seed_moves_nothing_and_the_splits_seed_does(
+        self, data: ChatDataModule, tiny_base: Path, short_chats: Path
+    ) -> None:
+        same = build(tiny_base, short_chats, seed=SEED + 1)
+        other = build(tiny_base, short_chats, split_seed=SPLIT_SEED + 1)
+        for name, split in data.splits.items():
+            assert same.splits[name].rows.tolist() == split.rows.tolist()
+            assert other.splits[name].rows.tolist() != split.rows.tolist()
+
+    def test_a_dropped_row_moves_no_other(
+        self, data: ChatDataModule, tiny_base: Path, short_chats: Path, tmp_path: Path
+    ) -> None:
+        lines = short_chats.read_text().splitlines()
+        order = np.random.default_rng(SPLIT_SEED).permutation(40).tolist()
+        bad = {"train": [order[0], order[7]], "validation": [order[18]], "test": [order[30]]}
+        all_bad = [row for rows in bad.values() for row in rows]
+        for row in all_bad:
+            lines[row] = '{"nothing": 1}'
+        source = tmp_path / "bad.jsonl"
+        source.write_text("\n".join(lines))
+        dropping = build(tiny_base, source, on_bad_row="drop")
+        for name, rows in bad.items():
+            kept = [row for row in data.splits[name].rows.tolist() if row not in rows]
+            assert dropping.splits[name].rows.tolist() == kept
+            assert sorted(dropping.splits[name].dropped) == sorted(rows)
+            assert all("keys found: nothing" in reason for reason in dropping.splits[name].dropped.values())
+            assert dropping.splits[name].all_rows == sorted(data.splits[name].rows.tolist())
+        record = dropping.record()["splits"]
+        assert {name: split["conversations"] for name, split in record.items()} == {
+            "train": 16,
+            "validation": 8,
+            "test": 7,
+        }
+        assert sorted(record["train"]["dropped"]) == sorted(map(str, bad["train"]))
+        with pytest.raises(LabError, match=rf"bad\.jsonl line {min(all_bad) + 1}: "):
+            build(tiny_base, source).prepare(progress=False)
+
+    @pytest.mark.parametrize(
+        ("stage", "eval_split", "split", "empty"),
+        [
+            ("fit", None, [0, 9, 8], "train"),
+            ("fit", None, [18, 0, 8], "validation"),
+            ("validate", None, [18, 0, 8], "validation"),
+            ("test", None, [18, 9, 0], "test"),
+            ("predict", "validation", [18, 0, 8], "validation"),
+        ],
+    )
+    def test_a_split_that_the_stage_needs_and_is_empty(
+        self,
+        tiny_base: Path,
+        short_chats: Path,
+        stage: str,
+        eval_split: str | None,
+        split: list[int],
+        empty: str,
+    ) -> None:
+        data = build(tiny_base, short_chats, split=split, eval_split=eval_split)
+        with pytest.raises(LabError, match=rf"^the {empty} split of .*short\.jsonl has no usable conversation"):
+            data.setup(stage)
+
+    def test_a_split_that_the_stage_does_not_need_may_be_empty(self, tiny_base: Path, short_chats: Path) -> None:
+        data = build(tiny_base, short_chats, split=[18, 9, 0])
+        data.setup("fit")
+        assert data.splits["test"].rows.tolist() == []
+
+
+class TestSteps:
+    def test_total_steps(self, data: ChatDataModule) -> None:
+        assert data.steps_per_epoch == STEPS
+        for epochs, steps, total in [
+            (1, -1, 5),
+            (3, -1, 15),
+            (None, 7, 7),
+            (-1, 7, 7),
+            (2, 7, 7),
+            (2, 10, 10),
+            (1, 100, 5),
+        ]:
+            assert data.total_steps(epochs, steps) == total
+        for epochs in (None, -1):
+            with pytest.raises(LabError, match=r"no end: set trainer\.max_epochs or trainer\.max_steps"):
+                data.total_steps(epochs, -1)
+
+    def test_documents_are_a_pure_function_of_seed_and_step(
+        self, data: ChatDataModule, tiny_base: Path, short_chats: Path
+    ) -> None:
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        for step in (12, 0, 4, 5, 9, 0, 12):
+            data.completed_steps = step * 3  # where the run is does not matter
+            assert data.step_documents(step) == visited(step)
+        assert [len(visited(step)) for step in range(6)] == [4, 4, 4, 4, 2, 4]
+        assert sorted(d for step in range(5, 10) for d in data.step_documents(step)) == list(range(18))
+        assert data.step_documents(0) != data.step_documents(5)
+        later = build(tiny_base, short_chats, seed=SEED + 1)  # its first epoch is this one's second
+        assert later.step_documents(1) == data.step_documents(6)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize("world_size", [1, 2, 5])
+    @pytest.mark.parametrize("step", [0, 4, 7])
+    def test_a_step_over_processes(
+        self, data: ChatDataModule, train_rows: list[int], world_size: int, step: int
+    ) -> None:
+        documents = visited(step)
+        rows = [train_rows[document] for document in documents]
+        batches = [data.step_batch(step, rank, world_size) for rank in range(world_size)]
+        micro_batches = [micro for batch in batches for micro in batch.micro_batches]
+        assert sorted(d for micro in micro_batches for d in micro.documents) == sorted(documents)
+        assert sorted(row for micro in micro_batches for row in micro.rows) == sorted(rows)
+        supervised = sum(int((data.tokenized.labels(row)[1:] != -100).sum()) for row in rows)
+        tokens = sum(len(data.tokenized.input_ids(row)) for row in rows)
+        for batch in batches:  # every process knows the whole step's counts
+            assert batch.rows == tuple(rows)
+            assert (batch.supervised_tokens, batch.tokens, batch.padded_tokens) == (supervised, tokens, tokens)
+        assert sum(micro.supervised_tokens for micro in micro_batches) == supervised
+        assert sum(micro.tokens for micro in micro_batches) == tokens
+        assert all(micro.tokens <= 150 or len(micro.documents) == 1 for micro in micro_batches)
+        assert [bool(batch.micro_batches) for batch in batches] == [r < len(documents) for r in range(world_size)]
+        for micro in micro_batches:
+            ids = np.concatenate([data.tokenized.input_ids(row) for row in micro.rows])
+            assert micro.input_ids[0].tolist() == ids.tolist()
+            assert micro.rows == tuple(train_rows[document] for document in micro.documents)
+
+    @pytest.mark.parametrize("world_size", [1, 2, 5, 8])
+    def test_an_evaluation_over_processes(self, data: ChatDataModule, world_size: int) -> None:
+        lengths = [len(data.tokenized.input_ids(row)) for row in data.splits["test"].rows]
+        ranks = [data.micro_batches("test", rank, world_size) for rank in range(world_size)]
+        assert all(ranks)  # Lightning evaluates nothing on a process without batches
+        bins = [documents for rank in ranks for documents in rank]
+        assert sorted(document for documents in bins for document in documents) == list(range(8))
+        assert all(sum(lengths[d] for d in documents) <= 150 or len(documents) == 1 for documents in bins)
+
+    def test_fewer_conversations_than_processes(self, data: ChatDataModule) -> None:
+        with pytest.raises(LabError, match="^the test split has 8 conversations for 9 processes; use fewer"):
+            data.micro_batches("test", 0, 9)
+
+    def test_packing_statistics_by_hand(self, data: ChatDataModule) -> None:
+        lengths = [len(data.tokenized.input_ids(row)) for row in data.splits["train"].rows]
+        data.micro_batch_tokens = 10_000  # a step is one micro-batch
+        statistics = data.packing_statistics()
+        assert statistics["optimizer steps an epoch"] == 5
+        assert statistics["tokens a step (mean)"] == round(sum(lengths) / 5)
+        assert statistics["micro-batches a step (mean)"] == 1.0
+        longest = [max(lengths[d] for d in visited(step)) * len(visited(step)) for step in range(5)]
+        added = sum(longest) / sum(lengths) - 1
+        assert statistics["tokens that padding each step to its longest would add"] == f"{added:.0%}"
+
+
+def steps_of(loader: StepLoader) -> list[tuple[int, ...]]:
+    return [batch.rows for batch in loader]
+
+
+class TestLoaders:
+    def test_training_starts_at_the_step_after_the_last_completed_one(
+        self, data: ChatDataModule, train_rows: list[int]
+    ) -> None:
+        def rows(*steps: int) -> list[tuple[int, ...]]:
+            return [tuple(train_rows[document] for document in visited(step)) for step in steps]
+
+        loader = data.train_dataloader()
+        assert steps_of(loader) == rows(0, 1, 2, 3, 4)
+        data.completed_steps = 3
+        assert steps_of(loader) == rows(3, 4)
+        data.completed_steps = 5  # the next epoch, through the same loader
+        assert steps_of(loader) == rows(5, 6, 7, 8, 9)
+        data.completed_steps = 14
+        assert steps_of(data.train_dataloader()) == rows(14)
+        assert len(loader) == 5
+
+    def test_a_loader_has_nothing_of_its_own_to_resume(self, data: ChatDataModule) -> None:
+        loader = data.train_dataloader()
+        state = loader.state_dict()
+        data.completed_steps = 4
+        loader.load_state_dict(state)
+        assert len(steps_of(loader)) == 1
+
+    def test_workers_give_the_same_batches(self, data: ChatDataModule) -> None:
+        data.completed_steps = 1
+        alone = list(data.train_dataloader())
+        data.num_workers = 2
+        helped = list(data.train_dataloader())
+        assert len(alone) == len(helped) == 4
+        for a, b in zip(alone, helped, strict=True):
+            assert (a.rows, a.supervised_tokens) == (b.rows, b.supervised_tokens)
+            for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
+                assert x.documents == y.documents
+                for name in ("input_ids", "position_ids", "cu_seqlens", "predicting", "targets", "target_documents"):
+                    assert torch.equal(getattr(x, name), getattr(y, name))
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_no_loader_draws_from_the_generator_that_dropout_uses(self, data: ChatDataModule, workers: int) -> None:
+        data.num_workers = workers
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        for loader in (data.train_dataloader, data.val_dataloader, data.test_dataloader, data.predict_dataloader):
+            assert list(loader())
+            assert torch.equal(torch.get_rng_state(), before), loader.__name__
+
+    @pytest.mark.parametrize(
+        ("stage", "eval_split", "split"),
+        [("fit", "test", "validation"), ("validate", "test", "test"), ("validate", None, "validation")],
+    )
+    def test_validation_reads_its_split(self, data: ChatDataModule, stage: str, eval_split: Any, split: str) -> None:
+        data.eval_split = eval_split
+        fn = SimpleNamespace(value=stage)
+        data.trainer = SimpleNamespace(state=SimpleNamespace(fn=fn), global_rank=0, world_size=1)
+        rows = [row for micro in data.val_dataloader() for row in micro.rows]
+        assert sorted(rows) == sorted(data.splits[split].rows.tolist())
+
+
+def conversation(*turns: tuple[Any, str]) -> Conversation:
+    return Conversation(tuple(Message(role, content) for role, content in turns))
+
+
+class TestPrompts:
+    def test_cut_before_the_last_answer(self) -> None:
+        turns = (("system", "S"), ("user", "1"), ("assistant", "A"), ("user", "2"), ("assistant", "B"))
+        prompt = Prompt.of(7, conversation(*turns))
+        assert prompt is not None
+        assert (prompt.row, prompt.reference) == (7, "B")
+        assert prompt.prompt == conversation(*turns[:4])
+
+    def test_what_follows_the_last_answer_is_left_out(self) -> None:
+        prompt = Prompt.of(0, conversation(("user", "1"), ("assistant", "A"), ("user", "2")))
+        assert prompt is not None
+        assert prompt.prompt == conversation(("user", "1"))
+        assert prompt.reference == "A"
+
+    def test_an_answer_to_nothing_is_no_prompt(self) -> None:
+        assert Prompt.of(0, conversation(("assistant", "A"))) is None
+        assert Prompt.of(0, conversation(("assistant", "A"), ("user", "1"))) is None
+
+    def test_of_a_split_in_its_order(self, data: ChatDataModule, short_chats: Path) -> None:
+        data.eval_split = "validation"
+        prompts = [prompt for batch in data.predict_dataloader() for prompt in batch]
+        assert [prompt.row for prompt in prompts] == data.splits["validation"].rows.tolist()
+        source = [json.loads(line)["conversations"] for line in short_chats.read_text().splitlines()]
+        for prompt in prompts:
+            assert prompt.prompt == conversation(("user", source[prompt.row][0]["value"]))
+            assert prompt.reference == source[prompt.row][1]["value"]
+
+    def test_of_another_file_without_reading_the_source(self, tiny_base: Path, tmp_path: Path) -> None:
+        rows = [chat(f"question {i}", f"answer {i}") for i in range(10)]
+        rows[3] = {"messages": [{"role": "assistant", "content": "to nothing"}]}
+        path = write(tmp_path / "ask.jsonl", rows)
+        data = build(tiny_base, "missing.jsonl", predict_source=str(path))
+        data.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"))
+        data.prepare_data()
+        data.setup("predict")
+        batches = list(data.predict_dataloader())
+        assert [[prompt.row for prompt in batch] for batch in batches] == [[0, 1, 2, 4, 5, 6, 7, 8], [9]]
+        assert batches[1][0].prompt == conversation(("user", "question 9"))
+        assert batches[1][0].reference == "answer 9"
+        with pytest.raises(LabError, match=r"missing\.jsonl"):
+            data.setup("test")  # which does read the source
+
+    def test_a_bad_row_of_another_file_is_named(self, tiny_base: Path, tmp_path: Path) -> None:
+        path = write(tmp_path / "ask.jsonl", [chat("a", "b"), {"nothing": 1}])
+        data = build(tiny_base, "missing.jsonl", predict_source=str(path), on_bad_row="drop")
+        with pytest.raises(LabError, match=r"ask\.jsonl line 2: no 'conversations'"):
+            data.predict_dataloader()
