@@ -122,6 +122,9 @@ class LabCLI(LightningCLI):
                 "--output", type=str | None, default=None, help="File; null for one in the run directory."
             )
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config as it was given: a checkpoint's hyper-parameters win over no flag here."""
+
     # -- between parsing and running -----------------------------------------------------------------------------
 
     @property
@@ -148,15 +151,13 @@ class LabCLI(LightningCLI):
         settings.ckpt_path = str(self.paths.checkpoint) if self.paths.checkpoint else None
         settings.weights_only = True
         self.evaluates_base = self.command != "fit" and self.paths.checkpoint is None
-        if int(getattr(rank_zero_only, "rank", 0)) == 0:
-            self.paths.checkpoints.mkdir(parents=True, exist_ok=True)
 
     def _config_text(self) -> str:
         config = self.settings.clone()
         for key in ("ckpt_path", "weights_only", "config", "output"):
             config.pop(key, None)
-        text = self._parser(self.subcommand).dump(config, skip_link_targets=True)
-        return text
+        # null is a setting too: left out, it would be read back as the default
+        return self._parser(self.subcommand).dump(config, skip_link_targets=True, skip_none=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with the lab's callbacks; TensorBoard beside the run's record unless another logger is set."""
@@ -189,7 +190,7 @@ class LabCLI(LightningCLI):
             callbacks.append(RunProgress())
         own = self._get(self.config_init, "trainer").callbacks or []
         own = own if isinstance(own, list) else [own]
-        return super().instantiate_trainer(
+        built = super().instantiate_trainer(
             callbacks=[*own, *callbacks],
             logger=self._get(self.config_init, "trainer").logger if trainer.logger not in (None, True) else logger,
             precision="32-true",
@@ -204,6 +205,9 @@ class LabCLI(LightningCLI):
             log_every_n_steps=trainer.log_every_n_steps or 1,
             default_root_dir=str(self.paths.run_dir),
         )
+        if self.command == "predict" and built.world_size > 1:
+            raise LabError("predict runs on one device: set trainer.devices to 1")
+        return built
 
     def _predictions_name(self) -> str:
         base = "-base" if self.evaluates_base else ""
@@ -245,6 +249,7 @@ class LabCLI(LightningCLI):
             "data_fingerprint": data.tokenized.fingerprint,
         }
         run_dir = self.paths.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
         write_text(run_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
         temporary = run_dir / f".{name}_examples.tmp"
         with temporary.open("w", newline="") as file:
@@ -312,8 +317,8 @@ def _strategy(trainer: Any) -> Any:
     if devices in ("auto", -1, "-1"):
         gpus = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 1
         count = max(1, gpus)
-    elif isinstance(devices, int):
-        count = devices
+    elif str(devices).isdigit():
+        count = int(devices)
     else:  # a list such as [0, 1], or the same as text
         count = len(devices) if isinstance(devices, list) else len(str(devices).split(","))
     several = count > 1 or trainer.num_nodes > 1 or trainer.strategy == "ddp"
@@ -335,7 +340,7 @@ def run(command: str, argv: list[str]) -> int:
         return _fail(str(error))
     except ArgumentError as error:
         return _fail(_parser_message(error))
-    except (MisconfigurationException, PermissionError) as error:
+    except (MisconfigurationException, OSError) as error:
         return _fail(" ".join(str(error).split()))
     except torch.cuda.OutOfMemoryError:
         return _fail("the GPU is out of memory; lower data.micro_batch_tokens, or set model.checkpointing to full")

@@ -432,11 +432,12 @@ def split_sizes(split: Sequence[int | float], rows: int, source: str) -> list[in
 
     """
     shown = "/".join(f"{part:g}" for part in split)
-    if len(split) != 3 or any(part < 0 for part in split) or not sum(split):
+    if len(split) != 3 or not all(0 <= part < math.inf for part in split) or not sum(split):
         raise LabError(f"data.split is {shown}; give three sizes or three fractions: train, validation, test")
     if sum(split) <= 1 + 1e-9:
         used = round(sum(split) * rows)
-        validation, test = (round(part * rows) for part in split[1:])
+        validation = min(round(split[1] * rows), used)
+        test = min(round(split[2] * rows), used - validation)
         return [used - validation - test, validation, test]
     if any(part != int(part) for part in split):
         raise LabError(f"data.split is {shown}; counts must be whole numbers, and fractions add up to at most 1")

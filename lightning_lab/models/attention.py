@@ -53,7 +53,7 @@ def document_attention(
     Args:
         module: The attention layer that calls; not used.
         query: ``[1, heads, T, head_dim]``.
-        key: ``[1, kv_heads, T, head_dim]``; ``heads`` is a multiple of ``kv_heads`` and keys are not repeated.
+        key: ``[1, kv_heads, T, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
         value: As ``key``.
         attention_mask: Must be None; the borders say all there is to say.
         scaling: Factor on the scores; ``1 / sqrt(head_dim)`` by default.
@@ -90,8 +90,10 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, s
 
 
 def _per_document(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scaling: float | None) -> Tensor:
+    if q.is_cuda:  # without flash (sm80, 16 bits) enable_gqa leaves only the kernel that builds T x T scores
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     pieces = [
-        F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, scale=scaling, enable_gqa=True)
+        F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, scale=scaling, enable_gqa=not q.is_cuda)
         for q_i, k_i, v_i in zip(
             q.split(list(lengths), dim=2), k.split(list(lengths), dim=2), v.split(list(lengths), dim=2), strict=True
         )

@@ -400,11 +400,12 @@ class QLoRAModule(pl.LightningModule):
             "completed_steps": self.completed_steps,
             "loss_scale": self.loss_scale.state(),
             "adapter_settings": self._adapter_settings(),
+            "split_settings": self._split_settings(),
             "run_settings": self._run_settings(),
             "rng": {
                 "python": random.getstate(),
                 "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
         }
 
@@ -417,6 +418,11 @@ class QLoRAModule(pl.LightningModule):
         """
         state = checkpoint["lightning_lab"]
         _demand_equal(state["adapter_settings"], self._adapter_settings())
+        if (
+            self.trainer.state.fn in ("validate", "test")
+            and self.chat_data.source == state["split_settings"]["data.source"]
+        ):
+            _demand_equal(state["split_settings"], self._split_settings())  # else trained rows may be held out
         if self.trainer.state.fn == "fit":
             _demand_equal(state["run_settings"], self._run_settings())
         self.completed_steps = state["completed_steps"]
@@ -428,11 +434,22 @@ class QLoRAModule(pl.LightningModule):
     def _adapter_settings(self) -> dict[str, Any]:
         """What the adapter's values mean something under; its shapes alone would not tell another alpha."""
         return {
+            "model.base": self.base,
             "model.r": self.r,
             "model.alpha": self.alpha,
             "model.rslora": self.rslora,
             "model.dora": self.dora,
             "model.target_modules": sorted(self.target_modules),
+        }
+
+    def _split_settings(self) -> dict[str, Any]:
+        """What decides which rows are held out."""
+        data = self.chat_data
+        return {
+            "data.source": data.source,
+            "data.rows": data.row_limit,
+            "data.split": [float(part) for part in data.split],
+            "data.split_seed": data.split_seed,
         }
 
     def _run_settings(self) -> dict[str, Any]:
@@ -451,9 +468,9 @@ class QLoRAModule(pl.LightningModule):
             "model.max_grad_norm": self.max_grad_norm,
             "seed_everything": self.seed,
             "data.batch_size": data.batch_size,
-            "data.split": [float(part) for part in data.split],
-            "data.split_seed": data.split_seed,
-            "data.source (or how it is rendered)": data.tokenized.fingerprint,
+            **self._split_settings(),
+            "optimizer steps in all": data.total_steps(self.trainer.max_epochs, self.trainer.max_steps),
+            "the tokenised data": data.tokenized.fingerprint,
         }
 
     def on_train_start(self) -> None:
@@ -462,8 +479,8 @@ class QLoRAModule(pl.LightningModule):
             return
         random.setstate(self._saved_rng["python"])
         torch.set_rng_state(self._saved_rng["torch"])
-        if self._saved_rng["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self._saved_rng["cuda"])
+        if self._saved_rng["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self._saved_rng["cuda"], self.device)
         self._saved_rng = None
 
 

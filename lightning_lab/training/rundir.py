@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,16 +68,19 @@ def resolve_run(command: str, name: str, run_dir: str | None, ckpt_path: str | N
 
 
 def unused_directory(wanted: Path) -> Path:
-    """``wanted``, or with the first free suffix -2, -3, ... if it exists."""
-    candidate, number = wanted, 1
-    while candidate.exists():
-        number += 1
-        candidate = wanted.with_name(f"{wanted.name}-{number}")
-    return candidate
+    """``wanted``, or with the number after the highest there is (-2 after none), so that the newest run is the last."""
+    numbers = [number for number, _ in _numbered(wanted.parent, wanted.name)]
+    return wanted.with_name(f"{wanted.name}-{max(numbers) + 1}") if numbers else wanted
 
 
 def newest_run(name: str) -> Path | None:
     """The run of that name with the highest suffix under ``runs/``, or None."""
-    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
-    runs = [(int(m.group(1) or 1), p) for p in RUNS.glob(f"{name}*") if (m := pattern.fullmatch(p.name)) and p.is_dir()]
+    runs = [(number, path) for number, path in _numbered(RUNS, name) if path.is_dir()]
     return max(runs)[1] if runs else None
+
+
+def _numbered(folder: Path, name: str) -> list[tuple[int, Path]]:
+    """What stands in a folder under that name, with the number of its suffix; 1 without one."""
+    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    matches = ((pattern.fullmatch(path.name), path) for path in folder.glob(f"{glob.escape(name)}*"))
+    return [(int(match.group(1) or 1), path) for match, path in matches if match]

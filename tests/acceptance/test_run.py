@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_lab.__main__ import main
 from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.models.base import load_tokenizer
 from tests.acceptance.conftest import adapter, lab, largest_difference, metrics, train_column, validations
@@ -184,3 +185,18 @@ def _validation_loss(model: torch.nn.Module, run: Path, tiny_base: Path) -> floa
             total += torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
             tokens += int((targets != -100).sum())
     return total / tokens
+
+
+def test_a_null_setting_is_read_back_as_null(run: Path) -> None:
+    import yaml
+
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["rows"] is None  # the default is 15,000
+
+
+@pytest.mark.parametrize(
+    "change", ["data.split_seed=1", "data.split=[40,20,20]", "model.alpha=5", "model.base=embedded"]
+)
+def test_held_out_rows_are_those_of_the_run(run: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
+    capsys.readouterr()
+    assert main(["test", f"--run_dir={run}", "--ckpt_path=best", f"--{change}"]) == 2
+    assert change.split("=")[0] in capsys.readouterr().err

@@ -110,7 +110,6 @@ class TestSplitSizes:
         with pytest.raises(LabError, match=message):
             split_sizes(split, 40, "here.jsonl")
 
-    @pytest.mark.xfail(strict=True, reason="validation and test both round up, and training becomes -1 rows")
     @pytest.mark.parametrize("rows", [3, 7])
     def test_no_split_is_negative(self, rows: int) -> None:
         sizes = split_sizes([0, 0.5, 0.5], rows, "x")

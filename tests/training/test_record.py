@@ -169,7 +169,6 @@ class TestCurve:
         assert pixels[VALIDATION_COLOUR] == 0
         assert drawn([validation(1, 2.0)], tmp_path)[VALIDATION_COLOUR] > 50  # its point, not only its legend
 
-    @pytest.mark.xfail(strict=True, reason="a line of one point has no length and no marker: only its legend is drawn")
     def test_one_training_step_can_be_seen(self, tmp_path: Path) -> None:
         (tmp_path / "one").mkdir()
         (tmp_path / "nan").mkdir()

@@ -120,9 +120,7 @@ class Checkpoints(pl.Callback):
             os.replace(temporary, self.directory / "last.ckpt")
 
     def _export_best(self, module: QLoRAModule) -> None:
-        temporary = self.directory / ".best.ckpt.tmp"
-        shutil.copyfile(self.directory / "last.ckpt", temporary)
-        os.replace(temporary, self.directory / "best.ckpt")
+        """Write ``best/``, then ``best.ckpt``: its step tells a resumed run whether both are done."""
         fresh, best, old = (self.directory / name for name in (".best.tmp", "best", ".best.old"))
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -132,6 +130,9 @@ class Checkpoints(pl.Callback):
             best.rename(old)
         fresh.rename(best)
         shutil.rmtree(old, ignore_errors=True)
+        temporary = self.directory / ".best.ckpt.tmp"
+        shutil.copyfile(self.directory / "last.ckpt", temporary)
+        os.replace(temporary, self.directory / "best.ckpt")
 
     @staticmethod
     def _finished(trainer: pl.Trainer, module: QLoRAModule) -> bool:

@@ -23,6 +23,7 @@ class PredictionWriter(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin an empty file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("")
 
     def on_predict_batch_end(

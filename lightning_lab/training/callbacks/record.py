@@ -58,6 +58,9 @@ class RunRecord(pl.Callback):
         assert isinstance(pl_module, QLoRAModule)
         if not trainer.is_global_zero:
             return
+        (self.run_dir / "checkpoints").mkdir(
+            parents=True, exist_ok=True
+        )  # not earlier: a run that fails leaves nothing
         if pl_module.completed_steps == 0:
             write_text(self.run_dir / "config.yaml", self.config)
         self.metrics.keep_until(pl_module.completed_steps)
@@ -170,15 +173,19 @@ def draw_curve(rows: list[dict[str, str]], path: Path, title: str) -> None:
     axes = figure.add_subplot()
     if train:
         steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color="#9ec5e8", linewidth=0.8, label="training loss, each step")
+        dot = "." if len(losses) == 1 else None  # a line through one step shows nothing
+        axes.plot(steps, losses, color="#9ec5e8", linewidth=0.8, marker=dot, label="training loss, each step")
         window = max(1, len(losses) // 20)
         means = [sum(losses[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
-        axes.plot(steps, means, color="#1f6fb2", linewidth=1.6, label=f"training loss, mean of {window} steps")
+        axes.plot(
+            steps, means, color="#1f6fb2", linewidth=1.6, marker=dot, label=f"training loss, mean of {window} steps"
+        )
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#d1495b", marker="o", linewidth=1.6, label="validation loss")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if train or validation:
+        axes.legend()
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary)
     os.replace(temporary, path)
