@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from lightning_lab.errors import LabError
 from lightning_lab.training.callbacks.checkpoints import Checkpoints, read_checkpoint
 from lightning_lab.training.callbacks.predictions import PredictionWriter
 from lightning_lab.training.callbacks.progress import RunProgress
-from lightning_lab.training.callbacks.record import RunRecord, write_text
+from lightning_lab.training.callbacks.record import RunRecord, write_loss_table, write_text
 from lightning_lab.training.callbacks.samples import Samples
 from lightning_lab.training.module import QLoRAModule
 from lightning_lab.training.rundir import BASE, RunPaths, resolve_run
@@ -55,6 +56,7 @@ REFUSED = {
     "barebones": "set trainer.logger to false and samples to 0",
 }
 STRATEGIES = ("auto", "ddp")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 
 
 class LabCLI(LightningCLI):
@@ -260,6 +262,8 @@ class LabCLI(LightningCLI):
             ):
                 writer.writerow([row, repr(nll / tokens), tokens])
         os.replace(temporary, run_dir / f"{name}_examples.csv")
+        if name == "validation-base" and (run_dir / "metrics.csv").exists():
+            write_loss_table(run_dir)  # the base becomes its first row
         print(results_table(run_dir))
         _say(f"written: {run_dir / name}.json, {name}_examples.csv")
 
@@ -294,13 +298,15 @@ def refuse_trainer_settings(trainer: Any) -> None:
         LabError: Names the setting and what to set instead.
 
     """
-    defaults = {p: v.default for p, v in _signature(pl.Trainer).items()}
+    defaults = {p: v.default for p, v in inspect.signature(pl.Trainer).parameters.items()}
     for key, instead in REFUSED.items():
         if trainer[key] not in (None, defaults[key]):
             raise LabError(f"trainer.{key} is not used here: {instead}")
     strategy = trainer.strategy
     if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise LabError(f"trainer.strategy {strategy!r} is not supported; use one of {', '.join(STRATEGIES)}")
+    if not isinstance(trainer.accelerator, str) or trainer.accelerator not in ACCELERATORS:
+        raise LabError(f"trainer.accelerator {trainer.accelerator!r} is not supported; use {', '.join(ACCELERATORS)}")
     steps, epochs = trainer.max_steps, trainer.max_epochs
     if steps < 0 and (epochs is None or epochs < 0):
         raise LabError("the run has no end: set trainer.max_epochs or trainer.max_steps")
@@ -378,12 +384,6 @@ def _use_config_of_run(command: str, args: list[str], files: list[Path]) -> tupl
 
 def _run_name(files: list[Path]) -> str:
     return files[0].stem if files else "run"
-
-
-def _signature(function: Any) -> Any:
-    import inspect
-
-    return inspect.signature(function).parameters
 
 
 def _parser_message(error: ArgumentError) -> str:

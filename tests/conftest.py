@@ -1,7 +1,9 @@
 """Two real tokenizers that can be had without the Hub, a tiny Llama and short real conversations."""
 
+import functools
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +101,13 @@ def short_chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("chats") / "short.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.fixture(scope="module")
+def one_tokenizer() -> Iterator[None]:
+    """Load each tokenizer once a module, not for every data module: half a second each."""
+    from lightning_lab.models import base
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "load_tokenizer", functools.cache(base.load_tokenizer))
+        yield

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MASKED = -100
+from lightning_lab.data.rendering import IGNORED
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
@@ -146,7 +146,7 @@ def collate(
     starts = np.cumsum((0, *lengths))
     predicting, targets, owners = [], [], []
     for number, ((_, labels), start) in enumerate(zip(examples, starts, strict=False)):
-        supervised = np.flatnonzero(labels[1:] != MASKED)
+        supervised = np.flatnonzero(labels[1:] != IGNORED)
         predicting.append(supervised + start)
         targets.append(labels[1:][supervised])
         owners.append(np.full(len(supervised), number))

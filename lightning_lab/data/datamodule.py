@@ -131,7 +131,7 @@ class ChatDataModule(pl.LightningDataModule):
         self.rows: Rows = load_rows(self.source, self.row_limit)
         sizes = split_sizes(self.split, len(self.rows), self.source)
         self.tokenized: TokenizedRows = tokenize_rows(
-            self.rows, self.renderer, on_bad_row=self.on_bad_row, cache_dir=cache_dir() / "tokenized", progress=progress
+            self.rows, self.renderer, on_bad_row=self.on_bad_row, cache_dir=cache_dir(), progress=progress
         )
         order = np.random.default_rng(self.split_seed).permutation(len(self.rows))
         ends = np.cumsum(sizes)

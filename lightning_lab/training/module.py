@@ -68,8 +68,6 @@ class QLoRAModule(pl.LightningModule):
 
     """
 
-    strict_loading = True
-
     def __init__(
         self,
         base: str = "unsloth/Llama-3.2-1B-Instruct",
@@ -274,7 +272,9 @@ class QLoRAModule(pl.LightningModule):
 
         self.completed_steps += 1
         self.chat_data.completed_steps = self.completed_steps
-        self.log_dict({"train_loss": loss, "grad_norm": grad_norm, "lr": learning_rate}, rank_zero_only=True)
+        for logger in self.loggers:  # not self.log: it makes tensors on the device, to be read back one by one
+            figures = {"train_loss": loss, "grad_norm": grad_norm, "lr": learning_rate}
+            logger.log_metrics(figures, step=self.completed_steps)
         return {
             "step": self.completed_steps,
             "epoch": self.completed_steps / self.chat_data.steps_per_epoch,

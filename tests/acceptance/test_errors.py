@@ -58,7 +58,7 @@ def test_a_bad_row_is_named_and_can_be_dropped(
     line = fails(capsys, "fit", *args)
     assert "rows.jsonl line 7" in line
     assert reason.lower() in line.lower()
-    assert not Path("runs/embedded/metrics.csv").exists()
+    assert not Path("runs").exists()  # else it would count as the newest run
     lab("fit", *args, "--data.on_bad_row=drop", "--samples=0")
     run = sorted(Path("runs").iterdir())[-1]
     splits = json.loads((run / "environment.json").read_text())["data"]["splits"]
@@ -96,6 +96,7 @@ def test_nothing_left_to_learn(tiny_args: list[str], capsys: pytest.CaptureFixtu
         (["--trainer.val_check_interval=10"], "val_every_steps"),
         (["--trainer.strategy=fsdp"], "fsdp"),
         (["--trainer.accelerator=cuda"], "cuda"),
+        (["--trainer.accelerator=foo"], "trainer.accelerator"),
         (["--ckpt_path=base"], "base"),
         (["--ckpt_path=last"], "embedded"),
         (["--ckpt_path=missing.ckpt"], "missing.ckpt"),
@@ -111,6 +112,11 @@ def test_a_setting_that_cannot_be_honoured(
 def test_evaluation_needs_a_checkpoint(tiny_args: list[str], capsys: pytest.CaptureFixture[str], command: str) -> None:
     line = fails(capsys, command, *tiny_args)
     assert all(choice in line for choice in ("best", "last", "base", ".ckpt"))
+
+
+def test_predict_on_several_devices(tiny_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    devices = ("--trainer.accelerator=cpu", "--trainer.devices=2")
+    assert "trainer.devices" in fails(capsys, "predict", *tiny_args, "--ckpt_path=base", *devices)
 
 
 def test_an_unknown_command_and_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +157,8 @@ class TestCheckpoints:
         whole, rows = last.read_bytes(), metrics(Path("runs/embedded"))
         last.write_bytes(whole[: len(whole) // 2])
         for command in ("fit", "test"):
-            assert "last.ckpt" in fails(capsys, command, *tiny_args, "--ckpt_path=last")
+            for checkpoint in ("last", str(last)):
+                assert "last.ckpt" in fails(capsys, command, *tiny_args, f"--ckpt_path={checkpoint}")
         assert metrics(Path("runs/embedded")) == rows
         last.write_bytes(b"")
         assert "last.ckpt" in fails(capsys, "test", *tiny_args, "--ckpt_path=last")
@@ -162,6 +169,7 @@ class TestCheckpoints:
         assert "model.alpha" in fails(capsys, "test", *tiny_args, "--ckpt_path=last", "--model.alpha=20")
         line = fails(capsys, "fit", *tiny_args, "--ckpt_path=last", "--data.batch_size=5", "--trainer.max_steps=9")
         assert "data.batch_size" in line
+        assert "optimizer steps" in fails(capsys, "fit", *tiny_args, "--ckpt_path=last", "--trainer.max_steps=9")
         assert metrics(Path("runs/embedded")) == rows
 
 

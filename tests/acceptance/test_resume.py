@@ -1,9 +1,11 @@
 """A run that was killed or stopped and then continued is the run that was left alone, bit for bit."""
 
+import shutil
 import signal
 import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -78,16 +80,39 @@ def test_stopped_and_continued(
     assert_same(run, uninterrupted)
 
 
-def test_an_epochs_last_step_and_saves_between_validations(
-    tiny_args: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class KeepEach(pl.Callback):
+    """Keeps a copy of every last.ckpt that a step begins with."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, step: int
+    ) -> None:
+        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        kept = Path("kept")
+        kept.mkdir(exist_ok=True)
+        shutil.copyfile(last, kept / f"{read_checkpoint(last)['lightning_lab']['completed_steps']}.ckpt")
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_args: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("each")
+    callback = "--trainer.callbacks=tests.acceptance.test_resume.KeepEach"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        lab("fit", *tiny_args, *OPTIONS, "--checkpoint_every_steps=1", callback)
+    return folder
+
+
+# before step 1, inside an epoch, with a validation, an epoch's last step, the next one's first, the last but one
+@pytest.mark.parametrize("step", [0, 4, 10, 13, 14, 25])
+def test_continued_from_any_position(
+    tiny_args: list[str], uninterrupted: Path, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """Continue from every kind of position: each step is saved, and copies of last.ckpt are continued from."""
     monkeypatch.chdir(tmp_path)
-    lab("fit", *tiny_args, *OPTIONS, "--checkpoint_every_steps=1", "--trainer.max_steps=14")
-    # a run of 14 steps decays its learning rate faster, so only its order of rows is compared here
-    assert [r["step"] for r in metrics(Path("runs/embedded")) if r["val_loss"]] == ["5", "10", "14"]
-    saved = read_checkpoint(Path("runs/embedded/checkpoints/last.ckpt"))
-    assert saved["lightning_lab"]["completed_steps"] == 14
+    run = Path("runs/embedded")
+    shutil.copytree(kept / "runs" / "embedded", run)
+    shutil.copyfile(kept / "kept" / f"{step}.ckpt", run / "checkpoints" / "last.ckpt")
+    lab("fit", *tiny_args, *OPTIONS, "--ckpt_path=last")
+    assert_same(run, uninterrupted)
 
 
 def test_a_finished_run_is_left_as_it_is(

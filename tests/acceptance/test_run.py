@@ -41,6 +41,7 @@ def test_the_run_directory(run: Path, tiny_args: list[str]) -> None:
     assert train_column(run, "epoch")[-1] == 2.0
     table = (run / "losses.md").read_text().splitlines()
     losses = train_column(run, "train_loss")
+    table = [line for line in table if "(base)" not in line]
     assert table[2].startswith(f"| 10 | {sum(losses[:10]) / 10:.4f} |")
     assert table[4].startswith(f"| 26 | {sum(losses[20:]) / 6:.4f} |")
     environment = json.loads((run / "environment.json").read_text())
@@ -67,23 +68,13 @@ def test_a_run_can_be_repeated_from_its_config(run: Path) -> None:
 
 
 def test_a_checkpoint_holds_the_adapter_alone_and_plain_peft_loads_it(run: Path, tiny_base: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert all("lora_" in key for key in checkpoint["state_dict"])
     parameters = sum(t.numel() for t in checkpoint["state_dict"].values())
     assert parameters == 2 * 32 * ((128 + 128) * 2 + (128 + 64) * 2 + (128 + 256) * 3)
     assert (run / "checkpoints" / "last.ckpt").stat().st_size < 10 * parameters
 
-    quantised = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    base = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=quantised, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, run / "checkpoints" / "best").eval()
+    model = _plain_peft(run, tiny_base).eval()
     stored = {k.replace(".default", ""): v for k, v in adapter(run, "best").items()}
     loaded = {k.replace(".default", ""): v for k, v in model.named_parameters() if "lora_" in k}
     assert largest_difference(stored, loaded) == 0.0
@@ -92,23 +83,9 @@ def test_a_checkpoint_holds_the_adapter_alone_and_plain_peft_loads_it(run: Path,
 
 
 def test_hugging_faces_trainer_agrees_on_its_validation_loss(run: Path, tiny_base: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import (
-        AutoModelForCausalLM,
-        BitsAndBytesConfig,
-        DataCollatorForSeq2Seq,
-        Trainer,
-        TrainingArguments,
-    )
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    quantised = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    base = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=quantised, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, run / "checkpoints" / "best")
+    model = _plain_peft(run, tiny_base)
     trainer = Trainer(
         model,
         TrainingArguments(tmp_path / "hf", per_device_eval_batch_size=8, report_to="none", use_cpu=True),
@@ -156,6 +133,7 @@ def test_the_base_is_evaluated_without_the_adapter(run: Path, tiny_base: Path) -
     plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
     assert record["validation_loss"] == pytest.approx(_validation_loss(plain, run, tiny_base), abs=1e-5)
     assert record["checkpoint"] == "base"
+    assert (run / "losses.md").read_text().splitlines()[2] == f"| 0 (base) | | {record['validation_loss']:.6f} |"
 
 
 def test_predict_writes_an_answer_for_each_conversation(run: Path) -> None:
@@ -164,6 +142,21 @@ def test_predict_writes_an_answer_for_each_conversation(run: Path) -> None:
     assert len(lines) == 13
     assert all(line["messages"][-1]["role"] == "user" and isinstance(line["answer"], str) for line in lines)
     assert all(line["reference"] for line in lines)
+
+
+def _plain_peft(run: Path, tiny_base: Path) -> torch.nn.Module:
+    """The run's best adapter on a fresh 4-bit base, by PEFT and transformers alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=quantised, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, run / "checkpoints" / "best")
 
 
 def _validation_examples(run: Path, tiny_base: Path) -> list[tuple[list[int], list[int]]]:

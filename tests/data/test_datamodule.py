@@ -1,9 +1,8 @@
 """ChatDataModule on short chats: which row goes to which split, step and process, against numpy and torch alone."""
 
 import copy
-import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from lightning_lab.data.conversation import Conversation, Message
 from lightning_lab.data.datamodule import ChatDataModule, Prompt, StepLoader, split_sizes
 from lightning_lab.errors import LabError
-from lightning_lab.models import base
 
 SPLIT_SEED, SEED, BATCH_SIZE = 11, 5, 4
 STEPS = 5  # of an epoch: 18 training rows in fours, the last step has 2
@@ -34,12 +32,7 @@ def build(tiny_base: Path, source: Path | str, **changes: Any) -> ChatDataModule
     return ChatDataModule(source=str(source), tokenizer=str(tiny_base), **settings | changes)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_tokenizer() -> Iterator[None]:
-    """Load each tokenizer once, not for every data module: half a second each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "load_tokenizer", functools.cache(base.load_tokenizer))
-        yield
+pytestmark = pytest.mark.usefixtures("one_tokenizer")
 
 
 @pytest.fixture(scope="module")

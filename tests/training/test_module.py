@@ -1,11 +1,10 @@
 """QLoRAModule's step on the tiny base: scaling, clipping, guards, reads from the device, modes and state."""
 
 import copy
-import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,18 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.errors import LabError
-from lightning_lab.models import base
 from lightning_lab.training.module import LossScale, QLoRAModule, linear_schedule
 
 TARGETS = ("q_proj", "v_proj", "down_proj")  # rank 4 on three of seven: fast, and k_proj has none
 SPLIT_SEED, SEED = 3, 9
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_tokenizer() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "load_tokenizer", functools.cache(base.load_tokenizer))
-        yield
+pytestmark = pytest.mark.usefixtures("one_tokenizer")
 
 
 @pytest.fixture(scope="module")

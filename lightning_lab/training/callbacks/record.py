@@ -40,7 +40,7 @@ class RunRecord(pl.Callback):
     """Writes everything in the run directory but checkpoints and samples.
 
     Args:
-        run_dir: The run's directory; it exists.
+        run_dir: The run's directory; made when training starts.
         config: The resolved config as YAML text, written by ``fit``.
         command: The command line, for ``environment.json``.
 
@@ -58,9 +58,8 @@ class RunRecord(pl.Callback):
         assert isinstance(pl_module, QLoRAModule)
         if not trainer.is_global_zero:
             return
-        (self.run_dir / "checkpoints").mkdir(
-            parents=True, exist_ok=True
-        )  # not earlier: a run that fails leaves nothing
+        # not earlier: a run that fails before it trains leaves nothing
+        (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         if pl_module.completed_steps == 0:
             write_text(self.run_dir / "config.yaml", self.config)
         self.metrics.keep_until(pl_module.completed_steps)
@@ -76,7 +75,11 @@ class RunRecord(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Append the step's row; the step has ended with a read from the device, so the clock is honest."""
+        """Append the step's row.
+
+        Its time runs from the batch's arrival on the device to here. Fetching the batch is not in it, nor, on a GPU,
+        what the optimizer still has queued after the step's one read.
+        """
         outputs["tokens_per_second"] = outputs["tokens"] / (time.perf_counter() - self._step_started)
         outputs["peak_memory_mib"] = peak_memory_mib(pl_module.device)
         if trainer.is_global_zero:
@@ -89,9 +92,8 @@ class RunRecord(pl.Callback):
             return
         assert pl_module.evaluation is not None
         self.metrics.append({"step": pl_module.completed_steps, **validation_row(pl_module.evaluation)})
-        rows = self.metrics.read()
-        write_text(self.run_dir / "losses.md", loss_table(rows, base_loss(self.run_dir)))
-        draw_curve(rows, self.run_dir / "loss_curve.png", self.run_dir.name)
+        write_loss_table(self.run_dir)
+        draw_curve(self.metrics.read(), self.run_dir / "loss_curve.png", self.run_dir.name)
 
 
 class MetricsFile:
@@ -153,6 +155,11 @@ def loss_table(rows: list[dict[str, str]], base: float | None = None) -> str:
             lines.append(f"| {row['step']} | {mean} | {float(row['val_loss']):.6f} |")
             since = []
     return "\n".join(lines) + "\n"
+
+
+def write_loss_table(run_dir: Path) -> None:
+    """Write ``losses.md`` from ``metrics.csv`` and, where the base has been evaluated, ``validation-base.json``."""
+    write_text(run_dir / "losses.md", loss_table(MetricsFile(run_dir / "metrics.csv").read(), base_loss(run_dir)))
 
 
 def base_loss(run_dir: Path) -> float | None:
@@ -236,10 +243,16 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """Commit of the checkout that this package runs from; None when it is installed."""
+    checkout = Path(__file__).resolve().parents[3]
     try:
         result = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+            ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() or None
+    lines = result.stdout.split("\n")
+    # another top level: an environment that lies inside somebody else's repository
+    return lines[1] if result.returncode == 0 and Path(lines[0]) == checkout else None
