@@ -476,6 +476,31 @@ class TestReads:
         assert mode.seen == [seen]
 
 
+class Recorder(pl.loggers.Logger):
+    name, version = "recorder", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, Any]]] = []
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def test_loggers_get_host_numbers_and_nothing_to_read_back(build: Any, data: ChatDataModule) -> None:
+    runner, recorder = trainer(3), Recorder()
+    runner.loggers = [recorder]
+    runner.fit(build(), datamodule=data)
+    rows = [(step, row) for step, row in recorder.rows if "train_loss" in row]
+    assert [step for step, _ in rows] == [1, 2, 3]
+    assert all(type(value) is float for _, row in rows for value in row.values())
+    assert [set(row) for _, row in rows] == [{"train_loss", "grad_norm", "lr"}] * 3
+    assert not {"train_loss", "grad_norm", "lr"} & set(runner.callback_metrics)  # those Lightning keeps on the device
+
+
 class TestState:
     def test_it_is_the_adapter(self, build: Any, data: ChatDataModule, tmp_path: Path) -> None:
         module = build()
