@@ -29,7 +29,7 @@ from lightning_lab.errors import LabError
 from lightning_lab.training.callbacks.checkpoints import Checkpoints, read_checkpoint
 from lightning_lab.training.callbacks.predictions import PredictionWriter
 from lightning_lab.training.callbacks.progress import RunProgress
-from lightning_lab.training.callbacks.record import RunRecord, write_loss_table, write_text
+from lightning_lab.training.callbacks.record import RunRecord, StepClock, write_loss_table, write_text
 from lightning_lab.training.callbacks.samples import Samples
 from lightning_lab.training.module import QLoRAModule
 from lightning_lab.training.rundir import BASE, RunPaths, resolve_run
@@ -56,6 +56,12 @@ REFUSED = {
     "barebones": "set trainer.logger to false and samples to 0",
 }
 STRATEGIES = ("auto", "ddp")
+OUT_OF_MEMORY = {
+    "fit": "lower data.micro_batch_tokens, or set model.checkpointing to full",
+    "validate": "lower data.micro_batch_tokens",
+    "test": "lower data.micro_batch_tokens",
+    "predict": "lower model.max_new_tokens or data.max_length, or use a smaller model.base",
+}
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 
 
@@ -169,11 +175,12 @@ class LabCLI(LightningCLI):
         trainer = settings.trainer
         self.model.evaluate_base = self.evaluates_base
         callbacks: list[pl.Callback] = []
+        clock = StepClock()
         logger: Any = False
         if self.command == "fit":
             run_dir = self.paths.run_dir
             command = ["python", "-m", "lightning_lab", self.command, *self.arguments]
-            callbacks.append(RunRecord(run_dir, self.resolved_config, command))
+            callbacks.append(RunRecord(run_dir, self.resolved_config, self.name, command, self.paths.checkpoint, clock))
             callbacks.append(Samples(run_dir / "samples.md", settings.samples, settings.sample_tokens))
             if settings.early_stopping:
                 callbacks.append(
@@ -193,9 +200,10 @@ class LabCLI(LightningCLI):
         own = self._get(self.config_init, "trainer").callbacks or []
         own = own if isinstance(own, list) else [own]
         built = super().instantiate_trainer(
-            callbacks=[*own, *callbacks],
+            callbacks=[*own, *callbacks, clock],
             logger=self._get(self.config_init, "trainer").logger if trainer.logger not in (None, True) else logger,
             precision="32-true",
+            accelerator=_accelerator(trainer.accelerator),
             strategy=_strategy(trainer),
             val_check_interval=settings.val_every_steps,
             check_val_every_n_epoch=None,
@@ -314,6 +322,11 @@ def refuse_trainer_settings(trainer: Any) -> None:
         raise LabError("trainer.max_steps and trainer.max_epochs must be at least 1")
 
 
+def _accelerator(name: str) -> str:
+    """``auto`` is CUDA or the CPU: bitsandbytes and the paths here have been tried on nothing else."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _strategy(trainer: Any) -> Any:
     """DDP for several devices, without its broadcast of buffers at each forward pass.
 
@@ -349,7 +362,7 @@ def run(command: str, argv: list[str]) -> int:
     except (MisconfigurationException, OSError) as error:
         return _fail(" ".join(str(error).split()))
     except torch.cuda.OutOfMemoryError:
-        return _fail("the GPU is out of memory; lower data.micro_batch_tokens, or set model.checkpointing to full")
+        return _fail(f"the GPU is out of memory; {OUT_OF_MEMORY[command]}")
     return 0
 
 

@@ -46,7 +46,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns of one row: at most one system message, and that first; at least one assistant turn."""
+    """The turns of one row: at most one system message, and that first."""
 
     messages: tuple[Message, ...]
 
@@ -61,9 +61,38 @@ def parse_conversation(row: Mapping[str, Any] | UnreadableRow) -> Conversation:
     empty answers are allowed.
 
     Raises:
-        RowError: the row is none of these, or a turn is malformed; the reason names the turn, counted from 1.
+        RowError: the row is none of these, has no assistant turn, or a turn is malformed; the reason names the turn,
+            counted from 1.
 
     """
+    conversation = _parse(row, answered=True)
+    if not any(message.role == "assistant" for message in conversation.messages):
+        raise RowError("no assistant turn, so there is nothing to learn")
+    return conversation
+
+
+def parse_prompt(row: Mapping[str, Any] | UnreadableRow) -> tuple[Conversation, str | None]:
+    """Read a row to be answered: a conversation up to its last answer, and that answer where there is one.
+
+    Beside the formats of `parse_conversation` a row may be ``prompt``, one user turn, and needs no answer: a
+    conversation that ends with another turn than the assistant's is a prompt as it stands.
+
+    Raises:
+        RowError: as `parse_conversation`; also when nothing comes before the only answer.
+
+    """
+    if isinstance(row, Mapping) and row.get("prompt") is not None:
+        user = {"role": "user", "content": row["prompt"]}
+        row = {"messages": [user], "system": row.get("system")}
+    messages = _parse(row, answered=False).messages
+    if messages[-1].role != "assistant":
+        return Conversation(messages), None
+    if len(messages) == 1:
+        raise RowError("it begins with the answer, so there is nothing to answer")
+    return Conversation(messages[:-1]), messages[-1].content
+
+
+def _parse(row: Mapping[str, Any] | UnreadableRow, answered: bool) -> Conversation:
     if isinstance(row, UnreadableRow):
         raise RowError(row.reason)
     if not isinstance(row, Mapping):
@@ -77,7 +106,7 @@ def parse_conversation(row: Mapping[str, Any] | UnreadableRow) -> Conversation:
         if row.get("instruction") is None:
             found = ", ".join(sorted(map(str, row))) or "none"
             raise RowError(f"no 'conversations', 'messages' or 'instruction' in the row (keys found: {found})")
-        messages = _parse_alpaca(row)
+        messages = _parse_alpaca(row, answered)
 
     system = row.get("system")
     if system is not None and system != "":
@@ -89,8 +118,6 @@ def parse_conversation(row: Mapping[str, Any] | UnreadableRow) -> Conversation:
     for number, message in enumerate(messages[1:], start=2):
         if message.role == "system":
             raise RowError(f"system message in turn {number}; only the first turn can be one")
-    if not any(message.role == "assistant" for message in messages):
-        raise RowError("no assistant turn, so there is nothing to learn")
     return Conversation(tuple(messages))
 
 
@@ -114,10 +141,12 @@ def _parse_turns(turns: Any, key: str) -> list[Message]:
     return messages
 
 
-def _parse_alpaca(row: Mapping[str, Any]) -> list[Message]:
+def _parse_alpaca(row: Mapping[str, Any], answered: bool) -> list[Message]:
     question = _checked_text(row["instruction"], "'instruction'")
     if row.get("input") is not None and (extra := _checked_text(row["input"], "'input'")):
         question = f"{question}\n\n{extra}"
+    if row.get("output") is None and not answered:
+        return [Message("user", question)]
     return [Message("user", question), Message("assistant", _checked_text(row.get("output"), "'output'"))]
 
 

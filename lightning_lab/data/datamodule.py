@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_lab.cache import cache_dir
 from lightning_lab.data.batching import MicroBatch, StepBatch, collate, epoch_order, pack, share
-from lightning_lab.data.conversation import Conversation, parse_conversation
+from lightning_lab.data.conversation import Conversation, parse_conversation, parse_prompt
 from lightning_lab.data.rendering import Renderer
 from lightning_lab.data.sources import Rows, load_rows
 from lightning_lab.data.tokenized import TokenizedRows, tokenize_rows
@@ -46,7 +47,8 @@ class ChatDataModule(pl.LightningDataModule):
         on_bad_row: ``error`` stops at the first malformed row or row with nothing to learn; ``drop`` drops and counts.
         batch_size: Conversations per optimizer step, over all devices.
         micro_batch_tokens: Most tokens that are worked on at once. Decides memory and speed, never the result.
-        predict_source: Another file or Hub id for `predict` to answer, in place of a split.
+        predict_source: Another file or Hub id for `predict` to answer, in place of a split. Its rows need no answers:
+            conversations that end with a user turn, or ``{"prompt": "..."}``, will do.
         num_workers: Processes that build batches beside the training loop.
         seed: Seed of the order of examples. Set from ``seed_everything``.
 
@@ -128,6 +130,12 @@ class ChatDataModule(pl.LightningDataModule):
 
         """
         self._open_tokenizer()
+        if progress and not self.renderer.end_of_turn:
+            print(
+                f"warning: data.template {self.template} writes no control token after an answer, so the model does "
+                "not learn to end one",
+                file=sys.stderr,
+            )
         self.rows: Rows = load_rows(self.source, self.row_limit)
         sizes = split_sizes(self.split, len(self.rows), self.source)
         self.tokenized: TokenizedRows = tokenize_rows(
@@ -258,11 +266,11 @@ class ChatDataModule(pl.LightningDataModule):
         """Batches of prompts: each conversation up to its last answer."""
         if self.predict_source:
             source = load_rows(self.predict_source, None)
-            numbered = [(i, _parse(source, i)) for i in range(len(source))]
+            prompts = [_prompt(source, row) for row in range(len(source))]
         else:
-            rows = self.splits[self.split_for("predict")].rows
-            numbered = [(int(row), _parse(self.rows, int(row))) for row in rows]
-        prompts = [prompt for prompt in (Prompt.of(row, c) for row, c in numbered) if prompt is not None]
+            rows = [int(row) for row in self.splits[self.split_for("predict")].rows]
+            held_out = (Prompt.of(row, parse_conversation(self.rows.rows[row])) for row in rows)
+            prompts = [prompt for prompt in held_out if prompt is not None]
         return DataLoader(
             _Prompts(prompts), batch_size=PREDICT_BATCH_SIZE, collate_fn=list, generator=torch.Generator()
         )
@@ -345,12 +353,12 @@ class SplitData:
 
 
 class Prompt:
-    """A conversation up to its last answer, and that answer.
+    """A conversation up to its last answer, and that answer (None where nobody has given one).
 
     Not a dataclass: Lightning looks for tensors inside those of a batch, and refuses frozen ones like Conversation.
     """
 
-    def __init__(self, row: int, prompt: Conversation, reference: str) -> None:
+    def __init__(self, row: int, prompt: Conversation, reference: str | None) -> None:
         self.row, self.prompt, self.reference = row, prompt, reference
 
     @classmethod
@@ -450,8 +458,8 @@ def split_sizes(split: Sequence[int | float], rows: int, source: str) -> list[in
     return sizes
 
 
-def _parse(rows: Rows, index: int) -> Conversation:
+def _prompt(rows: Rows, index: int) -> Prompt:
     try:
-        return parse_conversation(rows.rows[index])
+        return Prompt(index, *parse_prompt(rows.rows[index]))
     except LabError as error:
         raise LabError(f"{rows.where(index)}: {error}") from None

@@ -63,7 +63,7 @@ class QLoRAModule(pl.LightningModule):
         max_grad_norm: Gradients are clipped to this norm; null for no clipping.
         checkpointing: ``full`` keeps one hidden state per layer and recomputes the rest; ``none`` keeps everything.
         max_new_tokens: Longest answer that `predict` writes.
-        temperature: Of `predict`; 0 takes the most likely token each time.
+        temperature: Of `predict`; 0 takes the most likely token each time, else the base's own top_p and top_k apply.
         seed: Seed of the adapters' initial values. Set from ``seed_everything``.
 
     """
@@ -402,11 +402,7 @@ class QLoRAModule(pl.LightningModule):
             "adapter_settings": self._adapter_settings(),
             "split_settings": self._split_settings(),
             "run_settings": self._run_settings(),
-            "rng": {
-                "python": random.getstate(),
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            },
+            "rng": self._rng_of_processes(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -427,9 +423,28 @@ class QLoRAModule(pl.LightningModule):
             _demand_equal(state["run_settings"], self._run_settings())
         self.completed_steps = state["completed_steps"]
         self.loss_scale = LossScale(**state["loss_scale"])
-        self._saved_rng = state["rng"]
+        if len(state["rng"]) == self.trainer.world_size:
+            self._saved_rng = state["rng"][self.trainer.global_rank]
+        elif self.trainer.state.fn == "fit" and self.dropout:
+            raise LabError(
+                f"the checkpoint is of {len(state['rng'])} processes, this run has {self.trainer.world_size}; with "
+                "model.dropout a run continues exactly only on as many: set trainer.devices as it was"
+            )
         if isinstance(getattr(self.trainer, "datamodule", None), ChatDataModule):
             self.chat_data.completed_steps = self.completed_steps
+
+    def _rng_of_processes(self) -> list[dict[str, Any]]:
+        """The RNG of each process, by rank: dropout draws from it."""
+        own = {
+            "python": random.getstate(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        if self.trainer.world_size == 1:
+            return [own]
+        states: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(states, own)
+        return states
 
     def _adapter_settings(self) -> dict[str, Any]:
         """What the adapter's values mean something under; its shapes alone would not tell another alpha."""

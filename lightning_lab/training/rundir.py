@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class RunPaths:
 def resolve_run(command: str, name: str, run_dir: str | None, ckpt_path: str | None) -> RunPaths:
     """Decide where a command reads and writes. Creates nothing.
 
+    `fit` continues in place from ``last``; from any other checkpoint it makes a run of its own.
+
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         name: The run's name: the first config's.
@@ -39,9 +42,10 @@ def resolve_run(command: str, name: str, run_dir: str | None, ckpt_path: str | N
         LabError: A checkpoint is needed, or the one named does not exist.
 
     """
+    fresh = unused_directory(Path(run_dir) if run_dir else RUNS / name)
     if ckpt_path is None:
         if command == "fit":
-            return RunPaths(unused_directory(Path(run_dir) if run_dir else RUNS / name))
+            return RunPaths(fresh)
         raise LabError(
             f"{command} needs --ckpt_path: best or last (of the newest run of that name, or of --run_dir), a .ckpt "
             "file, or base for the untouched base model"
@@ -57,14 +61,16 @@ def resolve_run(command: str, name: str, run_dir: str | None, ckpt_path: str | N
         checkpoint = found / "checkpoints" / f"{ckpt_path}.ckpt"
         if not checkpoint.is_file():
             raise LabError(f"{checkpoint}: no such checkpoint; has the run {found} saved one yet?")
-        return RunPaths(found, checkpoint)
+        return RunPaths(fresh if command == "fit" and ckpt_path == "best" else found, checkpoint)
     checkpoint = Path(ckpt_path)
     if not checkpoint.is_file():
         raise LabError(f"{ckpt_path}: no such checkpoint; pass best, last, base or a .ckpt file")
+    if command == "fit":
+        return RunPaths(fresh, checkpoint)
     if run_dir:
         return RunPaths(Path(run_dir), checkpoint)
-    inside = checkpoint.parent.name == "checkpoints"
-    return RunPaths(checkpoint.parent.parent if inside else newest_run(name) or RUNS / name, checkpoint)
+    folder = checkpoint.parent if checkpoint.parent.name else checkpoint.resolve().parent
+    return RunPaths(folder.parent if folder.name == "checkpoints" else newest_run(name) or RUNS / name, checkpoint)
 
 
 def unused_directory(wanted: Path) -> Path:
@@ -74,9 +80,23 @@ def unused_directory(wanted: Path) -> Path:
 
 
 def newest_run(name: str) -> Path | None:
-    """The run of that name with the highest suffix under ``runs/``, or None."""
-    runs = [(number, path) for number, path in _numbered(RUNS, name) if path.is_dir()]
+    """The run of that name with the highest suffix under ``runs/``, or None.
+
+    ``a-2`` is the second run of ``a.yaml`` or the first of ``a-2.yaml``; the name in ``environment.json`` tells.
+    """
+    runs = [
+        (number, path)
+        for number, path in _numbered(RUNS, name)
+        if path.is_dir() and _recorded_name(path) in (None, name)
+    ]
     return max(runs)[1] if runs else None
+
+
+def _recorded_name(run_dir: Path) -> str | None:
+    try:
+        return json.loads((run_dir / "environment.json").read_text())["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _numbered(folder: Path, name: str) -> list[tuple[int, Path]]:

@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_lab.__main__ import COMMANDS, main
 from lightning_lab.configs_lookup import DEFAULTS, configs_dir, packaged_configs
+from lightning_lab.data.datamodule import ChatDataModule
 from tests.acceptance.conftest import lab, metrics, start
 
 GOOD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there"}]}
@@ -117,6 +119,26 @@ def test_evaluation_needs_a_checkpoint(tiny_args: list[str], capsys: pytest.Capt
 def test_predict_on_several_devices(tiny_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     devices = ("--trainer.accelerator=cpu", "--trainer.devices=2")
     assert "trainer.devices" in fails(capsys, "predict", *tiny_args, "--ckpt_path=base", *devices)
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [("fit", "model.checkpointing"), ("test", "micro_batch_tokens"), ("predict", "max_new_tokens")],
+)
+def test_a_full_gpu(
+    tiny_args: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    named: str,
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(ChatDataModule, "setup", full)
+    line = fails(capsys, command, *tiny_args, *([] if command == "fit" else ["--ckpt_path=base"]))
+    assert "the GPU is out of memory" in line
+    assert named in line
 
 
 def test_an_unknown_command_and_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Two processes (gloo, CPU) make the same run as one, and each conversation is seen once."""
 
 import json
+import shutil
 from pathlib import Path
 
 from tests.acceptance.conftest import adapter, close, largest_difference, metrics, start, train_column, validations
@@ -35,3 +36,22 @@ def test_two_processes_are_one(tiny_args: list[str], tmp_path: Path) -> None:
     assert together["conversations"] == alone["conversations"] == 13
     assert together["supervised_tokens"] == alone["supervised_tokens"]
     assert abs(together["test_loss"] - alone["test_loss"]) <= 1e-5
+
+
+def test_two_processes_continue_exactly(tiny_args: list[str], tmp_path: Path) -> None:
+    """With dropout, which draws from each process's own generator."""
+    options = (*tiny_args, *OPTIONS, *PROCESSES, "--trainer.devices=2", "--model.dropout=0.2", "--samples=0")
+    callback = "--trainer.callbacks=tests.acceptance.test_resume.KeepEach"
+    finish(tmp_path, "fit", *options, "--run_dir=whole", "--checkpoint_every_steps=4", callback)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.copyfile(tmp_path / "kept" / "4.ckpt", tmp_path / "part" / "checkpoints" / "last.ckpt")
+    finish(tmp_path, "fit", *options, "--run_dir=part", "--checkpoint_every_steps=4", "--ckpt_path=last")
+    assert metrics(tmp_path / "part") == metrics(tmp_path / "whole")
+    assert largest_difference(adapter(tmp_path / "part"), adapter(tmp_path / "whole")) == 0.0
+
+    alone = start(
+        "fit", *tiny_args, *OPTIONS, "--model.dropout=0.2", "--run_dir=part", "--ckpt_path=last", cwd=tmp_path
+    )
+    error = alone.communicate(timeout=120)[1]
+    assert alone.returncode == 2
+    assert error.startswith("error: the checkpoint is of 2 processes, this run has 1")

@@ -1,5 +1,6 @@
 """A run that was killed or stopped and then continued is the run that was left alone, bit for bit."""
 
+import json
 import shutil
 import signal
 import time
@@ -86,6 +87,8 @@ class KeepEach(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, step: int
     ) -> None:
+        if not trainer.is_global_zero:
+            return
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         kept = Path("kept")
         kept.mkdir(exist_ok=True)
@@ -151,3 +154,36 @@ def test_early_stopping_stops_and_stays_stopped(
     assert len(losses) == best + 3 < 26
     lab("fit", *args, "--early_stopping=2", "--trainer.max_epochs=2", "--ckpt_path=last")
     assert len([r for r in metrics(run) if r["val_loss"]]) == len(losses)
+
+
+def test_another_checkpoint_begins_a_run_of_its_own_that_ends_the_same(
+    tiny_args: list[str], uninterrupted: Path, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From step 14, whose best validation (that at 10 or before) lies in the run it was taken from."""
+    monkeypatch.chdir(tmp_path)
+    first = Path("runs/embedded")
+    shutil.copytree(kept / "runs" / "embedded", first)
+    shutil.copyfile(kept / "kept" / "14.ckpt", first / "checkpoints" / "14.ckpt")
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    lab("fit", *tiny_args, *OPTIONS, "--ckpt_path=runs/embedded/checkpoints/14.ckpt")
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    second = Path("runs/embedded-2")
+    assert_same(second, uninterrupted)
+    environment = json.loads((second / "environment.json").read_text())
+    assert environment["continued_from"] == "runs/embedded/checkpoints/14.ckpt"
+    assert environment["completed_steps"] == 14
+
+
+def test_the_record_keeps_the_earlier_parts_of_a_run(
+    tiny_args: list[str], kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(kept / "runs" / "embedded", "runs/embedded")
+    shutil.copyfile(kept / "kept" / "25.ckpt", "runs/embedded/checkpoints/last.ckpt")
+    lab("fit", *tiny_args, *OPTIONS, "--ckpt_path=last")
+    lab("fit", *tiny_args, *OPTIONS, "--ckpt_path=last")
+    environment = json.loads(Path("runs/embedded/environment.json").read_text())
+    parts = [*environment["earlier"], environment]
+    assert [part["completed_steps"] for part in parts] == [0, 25, 26]
+    assert ["--ckpt_path=last" in part["command"] for part in parts] == [False, True, True]
+    assert environment["name"] == "embedded"

@@ -1,6 +1,6 @@
 import pytest
 
-from lightning_lab.data.conversation import Message, RowError, UnreadableRow, parse_conversation
+from lightning_lab.data.conversation import Message, RowError, UnreadableRow, parse_conversation, parse_prompt
 
 TURNS = (Message("user", "hi"), Message("assistant", "yes?"))
 
@@ -84,3 +84,40 @@ def test_bad_rows_are_refused_with_their_reason(row: object, reason: str) -> Non
         parse(row)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+HI = (Message("user", "hi"),)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "reference"),
+    [
+        ({"prompt": "hi"}, HI, None),
+        ({"prompt": "hi", "system": "Be brief."}, (Message("system", "Be brief."), *HI), None),
+        (messages(("user", "hi")), HI, None),
+        (messages(("user", "hi"), ("assistant", "yes?")), HI, "yes?"),
+        (messages(("user", "a"), ("assistant", "b"), ("user", "c")), None, None),
+        ({"instruction": "hi"}, HI, None),
+        ({"instruction": "hi", "output": ""}, HI, ""),
+        ({"conversations": [{"from": "human", "value": "hi"}], "prompt": None}, HI, None),
+    ],
+)
+def test_prompts(row: dict[str, object], prompt: tuple[Message, ...] | None, reference: str | None) -> None:
+    whole = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    conversation, answer = parse_prompt(row)
+    assert conversation.messages == (prompt or whole)
+    assert answer == reference
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (messages(("assistant", "yes")), "begins with the answer"),
+        ({"prompt": 3}, "must be text, found a number"),
+        ({"text": "a"}, "keys found: text"),
+        (UnreadableRow("the line is not JSON"), "the line is not JSON"),
+    ],
+)
+def test_bad_prompts(row: dict[str, object], reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        parse_prompt(row)

@@ -380,16 +380,18 @@ class TestPrompts:
 
     def test_of_another_file_without_reading_the_source(self, tiny_base: Path, tmp_path: Path) -> None:
         rows = [chat(f"question {i}", f"answer {i}") for i in range(10)]
-        rows[3] = {"messages": [{"role": "assistant", "content": "to nothing"}]}
+        rows[3] = {"prompt": "question 3"}
         path = write(tmp_path / "ask.jsonl", rows)
         data = build(tiny_base, "missing.jsonl", predict_source=str(path))
         data.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"))
         data.prepare_data()
         data.setup("predict")
         batches = list(data.predict_dataloader())
-        assert [[prompt.row for prompt in batch] for batch in batches] == [[0, 1, 2, 4, 5, 6, 7, 8], [9]]
-        assert batches[1][0].prompt == conversation(("user", "question 9"))
-        assert batches[1][0].reference == "answer 9"
+        assert [[prompt.row for prompt in batch] for batch in batches] == [[*range(8)], [8, 9]]
+        assert batches[1][1].prompt == conversation(("user", "question 9"))
+        assert batches[1][1].reference == "answer 9"
+        assert batches[0][3].prompt == conversation(("user", "question 3"))
+        assert batches[0][3].reference is None
         with pytest.raises(LabError, match=r"missing\.jsonl"):
             data.setup("test")  # which does read the source
 
@@ -398,3 +400,19 @@ class TestPrompts:
         data = build(tiny_base, "missing.jsonl", predict_source=str(path), on_bad_row="drop")
         with pytest.raises(LabError, match=r"ask\.jsonl line 2: no 'conversations'"):
             data.predict_dataloader()
+
+
+class TestEndOfTurn:
+    def test_a_template_without_one_is_warned_of(
+        self, tiny_base: Path, short_chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        template = tmp_path / "plain.jinja"
+        template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}")
+        build(tiny_base, short_chats, template=str(template)).prepare(progress=True)
+        assert "plain.jinja writes no control token after an answer" in capsys.readouterr().err
+
+    def test_a_template_with_one_is_not(
+        self, tiny_base: Path, short_chats: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        build(tiny_base, short_chats).prepare(progress=True)
+        assert "warning" not in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Every command with every kind of ``--ckpt_path``, with and without ``--run_dir``."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,18 @@ class TestFit:
         assert resolved("fit", "a", "some/where-2", None) == ("some/where-2-2", None)
         assert unused_directory(Path("some/where/")) == Path("some/where-3")
 
-    def test_last_and_best_continue_in_place(self) -> None:
+    def test_last_continues_in_place(self) -> None:
         make("runs/a", "runs/a-2", "elsewhere")
-        for checkpoint in ("last", "best"):
-            assert resolved("fit", "a", None, checkpoint) == ("runs/a-2", f"runs/a-2/checkpoints/{checkpoint}.ckpt")
-            path = f"elsewhere/checkpoints/{checkpoint}.ckpt"
-            assert resolved("fit", "a", "elsewhere", checkpoint) == ("elsewhere", path)
+        assert resolved("fit", "a", None, "last") == ("runs/a-2", "runs/a-2/checkpoints/last.ckpt")
+        assert resolved("fit", "a", "elsewhere", "last") == ("elsewhere", "elsewhere/checkpoints/last.ckpt")
+
+    def test_any_other_checkpoint_begins_a_run_of_its_own(self) -> None:
+        make("runs/a", "runs/a-2", "elsewhere")
+        assert resolved("fit", "a", None, "best") == ("runs/a-3", "runs/a-2/checkpoints/best.ckpt")
+        assert resolved("fit", "a", "elsewhere", "best") == ("elsewhere-2", "elsewhere/checkpoints/best.ckpt")
+        for path in ("runs/a/checkpoints/last.ckpt", "runs/a/checkpoints/best.ckpt"):
+            assert resolved("fit", "a", None, path) == ("runs/a-3", path)
+            assert resolved("fit", "a", "fresh", path) == ("fresh", path)
 
     def test_the_base_is_refused(self) -> None:
         make("runs/a")
@@ -92,6 +99,32 @@ class TestEvaluations:
         assert resolved(command, "a", "some/where", checkpoint) == ("some/where", path)
 
 
+class TestFile:
+    @pytest.mark.parametrize("command", EVALUATIONS)
+    def test_in_a_run_leads_to_that_run(self, command: str) -> None:
+        make("runs/a", "elsewhere/b")
+        path = "elsewhere/b/checkpoints/best.ckpt"
+        assert resolved(command, "a", None, path) == ("elsewhere/b", path)
+        assert resolved(command, "a", "some/where", path) == ("some/where", path)
+
+    @pytest.mark.parametrize("command", EVALUATIONS)
+    def test_named_from_inside_its_folder(self, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        make("elsewhere/b")
+        monkeypatch.chdir("elsewhere/b/checkpoints")
+        run_dir, checkpoint = resolved(command, "a", None, "best.ckpt")
+        assert Path(run_dir) == Path.cwd().parent
+        assert checkpoint == "best.ckpt"
+
+    @pytest.mark.parametrize("command", EVALUATIONS)
+    def test_anywhere_else(self, command: str) -> None:
+        Path("kept").mkdir()
+        Path("kept/good.ckpt").touch()
+        assert resolved(command, "a", None, "kept/good.ckpt") == ("runs/a", "kept/good.ckpt")
+        make("runs/a", "runs/a-2")
+        assert resolved(command, "a", None, "kept/good.ckpt") == ("runs/a-2", "kept/good.ckpt")
+        assert resolved(command, "a", "runs/a", "kept/good.ckpt") == ("runs/a", "kept/good.ckpt")
+
+
 @pytest.mark.parametrize("command", ["fit", *EVALUATIONS])
 class TestAnyCommand:
     @pytest.mark.parametrize("checkpoint", ["best", "last"])
@@ -107,20 +140,6 @@ class TestAnyCommand:
             path = f"{run_dir or 'runs/a'}/checkpoints/{checkpoint}.ckpt: no such checkpoint"
             with pytest.raises(LabError, match=f"^{path}"):
                 resolve_run(command, "a", run_dir, checkpoint)
-
-    def test_a_file_in_a_run_leads_to_that_run(self, command: str) -> None:
-        make("runs/a", "elsewhere/b")
-        path = "elsewhere/b/checkpoints/best.ckpt"
-        assert resolved(command, "a", None, path) == ("elsewhere/b", path)
-        assert resolved(command, "a", "some/where", path) == ("some/where", path)
-
-    def test_a_file_anywhere_else(self, command: str) -> None:
-        Path("kept").mkdir()
-        Path("kept/good.ckpt").touch()
-        assert resolved(command, "a", None, "kept/good.ckpt") == ("runs/a", "kept/good.ckpt")
-        make("runs/a", "runs/a-2")
-        assert resolved(command, "a", None, "kept/good.ckpt") == ("runs/a-2", "kept/good.ckpt")
-        assert resolved(command, "a", "runs/a", "kept/good.ckpt") == ("runs/a", "kept/good.ckpt")
 
     @pytest.mark.parametrize("path", ["no.ckpt", "runs/a/checkpoints", "Best", ""])
     def test_no_such_file(self, command: str, path: str) -> None:
@@ -151,6 +170,16 @@ class TestNewestRun:
         make("runs/a", "runs/a-2", "runs/a-9", "runs/a-10", "runs/a-b", "runs/a-b-2", "runs/ab", "runs/a-11x")
         make("runs/lr3e-4_r16", "runs/lr3e-4_r160", "runs/1.5", "runs/1x5-2", "runs/a+b")
         assert newest_run(name) == (Path("runs") / newest if newest else None)
+
+    def test_the_first_run_of_another_name_is_not_the_second_of_this(self) -> None:
+        make("runs/a", "runs/a-2", "runs/a-3")
+        for run, name in (("a", "a"), ("a-2", "a"), ("a-3", "a-3")):
+            (Path("runs") / run / "environment.json").write_text(json.dumps({"name": name}))
+        assert newest_run("a") == Path("runs/a-2")
+        assert newest_run("a-3") == Path("runs/a-3")
+        assert newest_run("a-2") is None
+        (Path("runs/a-3/environment.json")).write_text("{")  # nothing is known of it
+        assert newest_run("a") == Path("runs/a-3")
 
     def test_a_file_is_no_run(self) -> None:
         make("runs/a")

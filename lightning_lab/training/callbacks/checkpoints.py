@@ -52,10 +52,14 @@ class Checkpoints(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """On resume finish a best checkpoint that a kill interrupted, or see that all is done."""
         module = _qlora(pl_module)
-        if module.completed_steps and self.best_step == module.completed_steps and trainer.is_global_zero:
-            best = self.directory / "best.ckpt"
-            if not best.exists() or _step_of(best) != self.best_step or not (self.directory / "best").is_dir():
-                self._export_best(module)
+        best = self.directory / "best.ckpt"
+        is_best = module.completed_steps and self.best_step == module.completed_steps
+        whole = best.exists() and _step_of(best) == self.best_step and (self.directory / "best").is_dir()
+        if is_best and not whole and trainer.is_global_zero:
+            self._export_best(module)
+        trainer.strategy.barrier("best")
+        if not best.exists():  # the best so far stayed in the other run
+            self.best_step, self.best_loss = None, math.inf
         if self._finished(trainer, module):
             trainer.should_stop = True
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -36,22 +37,58 @@ COLUMNS = ("step", *TRAIN_COLUMNS, *VALIDATION_COLUMNS)
 PACKAGES = ("lightning", "torch", "transformers", "peft", "bitsandbytes", "datasets", "torchmetrics", "lightning_lab")
 
 
+class StepClock(pl.Callback):
+    """Knows when the step in progress began. Must be the last callback, so that no other's work counts as the step's.
+
+    A step begins when all that followed the step before has ended: validation, samples, saving. Fetching the batch is
+    in it, and on a GPU what the optimizer still had queued after that step's one read.
+    """
+
+    def __init__(self) -> None:
+        self._began = 0.0
+
+    def seconds(self) -> float:
+        """Time since the step began."""
+        return time.perf_counter() - self._began
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The first step begins."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The next step begins, unless a validation comes first."""
+        self._began = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The next step begins."""
+        self._began = time.perf_counter()
+
+
 class RunRecord(pl.Callback):
     """Writes everything in the run directory but checkpoints and samples.
 
     Args:
         run_dir: The run's directory; made when training starts.
         config: The resolved config as YAML text, written by ``fit``.
+        name: The run's name, for ``environment.json``.
         command: The command line, for ``environment.json``.
+        checkpoint: What the run continues from, or None.
+        clock: Of the steps.
 
     """
 
-    def __init__(self, run_dir: Path, config: str, command: list[str]) -> None:
+    def __init__(
+        self, run_dir: Path, config: str, name: str, command: list[str], checkpoint: Path | None, clock: StepClock
+    ) -> None:
         self.run_dir = run_dir
         self.config = config
+        self.name = name
         self.command = command
+        self.checkpoint = checkpoint
+        self.clock = clock
         self.metrics = MetricsFile(run_dir / "metrics.csv")
-        self._step_started = 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write config and environment; on resume forget the rows after the checkpoint."""
@@ -60,27 +97,34 @@ class RunRecord(pl.Callback):
             return
         # not earlier: a run that fails before it trains leaves nothing
         (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if pl_module.completed_steps == 0:
+        in_place = self.checkpoint is not None and (self.run_dir / "config.yaml").exists()
+        if not in_place:
             write_text(self.run_dir / "config.yaml", self.config)
+        if self.checkpoint is not None and not in_place:  # another run's checkpoint: its first steps are this run's too
+            for name in ("metrics.csv", "samples.md"):
+                earlier = self.checkpoint.parent.parent / name
+                if earlier.is_file():
+                    write_text(self.run_dir / name, earlier.read_text())
+            shutil.copyfile(self.checkpoint, self.run_dir / "checkpoints" / "last.ckpt")
         self.metrics.keep_until(pl_module.completed_steps)
-        record = environment(pl_module, self.command) | {"data": pl_module.chat_data.record()}
-        write_text(self.run_dir / "environment.json", json.dumps(record, indent=2) + "\n")
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Start the step's clock."""
-        self._step_started = time.perf_counter()
+        path = self.run_dir / "environment.json"
+        record = {
+            "name": self.name,
+            "continued_from": str(self.checkpoint) if self.checkpoint else None,
+            "completed_steps": pl_module.completed_steps,
+            **environment(pl_module, self.command),
+            "data": pl_module.chat_data.record(),
+        }
+        if in_place and path.exists():  # the parts of a run that was interrupted, oldest first
+            before = json.loads(path.read_text())
+            record["earlier"] = [*before.pop("earlier", []), {k: v for k, v in before.items() if k != "data"}]
+        write_text(path, json.dumps(record, indent=2) + "\n")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Append the step's row.
-
-        Its time runs from the batch's arrival on the device to here. Fetching the batch is not in it, nor, on a GPU,
-        what the optimizer still has queued after the step's one read.
-        """
-        outputs["tokens_per_second"] = outputs["tokens"] / (time.perf_counter() - self._step_started)
+        """Append the step's row."""
+        outputs["tokens_per_second"] = outputs["tokens"] / self.clock.seconds()
         outputs["peak_memory_mib"] = peak_memory_mib(pl_module.device)
         if trainer.is_global_zero:
             self.metrics.append(outputs)

@@ -68,7 +68,7 @@ class Samples(pl.Callback):
         lines = [f"# {heading}", ""]
         for prompt, answer in zip(self._prompts, answers, strict=True):
             lines += [f"**Row {prompt.row}, {prompt.prompt.messages[-1].role}:** {_quote(_last(prompt.prompt))}", ""]
-            lines += [f"**Answer:** {_quote(answer)}", "", f"**Reference:** {_quote(prompt.reference)}", ""]
+            lines += [f"**Answer:** {_quote(answer)}", "", f"**Reference:** {_quote(prompt.reference or '')}", ""]
         with self.path.open("a") as file:
             file.write("\n".join(lines) + "\n")
 
