@@ -5,6 +5,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 export HF_HUB_DISABLE_TELEMETRY = 1
 DEMO := runs/demo
+# Two processes of one thread: the tests' models are too small to keep a second thread busy. A module's tests stay together.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope
 
 .PHONY: env demo test test-all lint clean
 
@@ -29,10 +31,10 @@ demo: env
 	$(PY) -m lightning_lab test --run_dir $(DEMO) --ckpt_path best
 
 test: env lint
-	$(PY) -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: env lint
-	$(PY) -m pytest
+	$(PYTEST)
 
 lint: env
 	$(PY) -m ruff check .
