@@ -26,9 +26,9 @@ demo: env
 	rm -rf $(DEMO)
 	$(PY) -m lightning_lab fit --config lr3e-4_r32.yaml --config embedded.yaml --run_dir $(DEMO)
 	$(PY) -m lightning_lab validate --run_dir $(DEMO) --ckpt_path base
-	$(PY) -m lightning_lab validate --run_dir $(DEMO) --ckpt_path best
 	$(PY) -m lightning_lab test --run_dir $(DEMO) --ckpt_path base
 	$(PY) -m lightning_lab test --run_dir $(DEMO) --ckpt_path best
+	@echo; cat $(DEMO)/losses.md
 
 test: env lint
 	$(PYTEST) -m 'not slow'
