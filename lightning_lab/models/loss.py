@@ -58,9 +58,8 @@ def supervised_nll(
     nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
     for rows in _chunks(len(targets), head.shape[0], chunk_elements):
-        logits, log_z, at_target = _chunk_logits(hidden[rows], head, targets[rows])
-        nll[rows] = log_z - at_target
-        correct[rows] = logits.argmax(-1) == targets[rows]
+        nll[rows], _, _, best = _chunk_nll(hidden[rows], head, targets[rows])
+        correct[rows] = best == targets[rows]
     return nll, correct
 
 
@@ -72,13 +71,13 @@ class _NLLSum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _chunks(len(targets), head.shape[0], chunk_elements):
-            logits, log_z, at_target = _chunk_logits(hidden[rows], head, targets[rows])
-            total += (log_z - at_target).sum()
+            nll, exponentials, sums, _ = _chunk_nll(hidden[rows], head, targets[rows])
+            total += nll.sum()
             if gradient is not None:
                 # d nll / d logits = softmax - onehot, made in place of the logits
-                logits.sub_(log_z[:, None]).exp_()
-                logits[torch.arange(len(logits), device=logits.device), targets[rows]] -= 1.0
-                gradient[rows] = logits.mul_(gradient_scale).to(head.dtype) @ head
+                softmax = exponentials.div_(sums[:, None])
+                softmax[torch.arange(len(softmax), device=softmax.device), targets[rows]] -= 1.0
+                gradient[rows] = softmax.mul_(gradient_scale).to(head.dtype) @ head
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -97,6 +96,14 @@ def _chunks(positions: int, vocabulary: int, chunk_elements: int) -> Iterator[sl
     return (slice(start, min(start + size, positions)) for start in range(0, positions, size))
 
 
-def _chunk_logits(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_nll(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return NLL, exponentials of the logits less each row's maximum, their sums, and the most likely token.
+
+    The exponentials take the logits' place: ``torch.logsumexp`` would make a second matrix of that size.
+    """
     logits = (hidden @ head.T).float()
-    return logits, torch.logsumexp(logits, dim=-1), logits.gather(-1, targets[:, None]).squeeze(-1)
+    top, best = logits.max(dim=-1)
+    at_target = logits.gather(-1, targets[:, None]).squeeze(-1) - top
+    exponentials = logits.sub_(top[:, None]).exp_()
+    sums = exponentials.sum(dim=-1)
+    return sums.log() - at_target, exponentials, sums, best

@@ -28,6 +28,7 @@ def add_adapters(
     rslora: bool,
     dora: bool,
     seed: int,
+    fused: bool = True,
 ) -> PeftModel:
     """Put LoRA adapters (arXiv:2106.09685) next to the named linear layers: y = W x + scale * B A x.
 
@@ -49,6 +50,7 @@ def add_adapters(
         rslora: see ``alpha``.
         dora: learn the norm of each output's weights apart from their direction (arXiv:2402.09353).
         seed: of the initial values.
+        fused: run each linear and its adapter as one autograd function (`fused_linear`); same results to rounding.
 
     Raises:
         LabError: naming the ``model.*`` key with a value that cannot be honoured.
@@ -74,6 +76,11 @@ def add_adapters(
         use_dora=dora,
         bias="none",
     )
+    if fused and not dora:
+        from lightning_lab.models.fused_linear import fused_layers
+
+        targets = [m for name, m in model.named_modules() if name.rpartition(".")[2] in target_modules]
+        config._register_custom_module(fused_layers(targets))
     # Lightning's configure_model runs under the GPU's device context; drawn on the CPU, values are the same everywhere.
     with warnings.catch_warnings(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         # peft 0.21 asks transformers 5.23 for it by its old name.

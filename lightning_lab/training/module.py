@@ -62,6 +62,8 @@ class QLoRAModule(pl.LightningModule):
         warmup_steps: Optimizer steps over which the learning rate rises from 0; it then falls linearly to 0.
         max_grad_norm: Gradients are clipped to this norm; null for no clipping.
         checkpointing: ``full`` keeps one hidden state per layer and recomputes the rest; ``none`` keeps everything.
+        fused_linear: Run each linear and its adapter as one autograd function: faster, and less memory in 16 bits. Same
+            results to rounding. 8-bit bases, DoRA and training with dropout always take PEFT's own layers.
         max_new_tokens: Longest answer that `predict` writes.
         temperature: Of `predict`; 0 takes the most likely token each time, else the base's own top_p and top_k apply.
         seed: Seed of the adapters' initial values. Set from ``seed_everything``.
@@ -87,6 +89,7 @@ class QLoRAModule(pl.LightningModule):
         warmup_steps: int = 5,
         max_grad_norm: float | None = 1.0,
         checkpointing: Literal["none", "full"] = "none",
+        fused_linear: bool = True,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 3407,
@@ -105,6 +108,7 @@ class QLoRAModule(pl.LightningModule):
         self.warmup_steps = warmup_steps
         self.max_grad_norm = max_grad_norm
         self.checkpointing = checkpointing
+        self.fused_linear = fused_linear
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.seed = seed
         if lr <= 0:
@@ -148,6 +152,7 @@ class QLoRAModule(pl.LightningModule):
             rslora=self.rslora,
             dora=self.dora,
             seed=self.seed,
+            fused=self.fused_linear,
         )
         enable_checkpointing(self.model, self.checkpointing)
         self.model.train()
@@ -481,6 +486,7 @@ class QLoRAModule(pl.LightningModule):
             "model.eps": self.eps,
             "model.warmup_steps": self.warmup_steps,
             "model.max_grad_norm": self.max_grad_norm,
+            "model.fused_linear": self.fused_linear,
             "seed_everything": self.seed,
             "data.batch_size": data.batch_size,
             **self._split_settings(),

@@ -1,0 +1,361 @@
+"""Training speed and memory of lightning_lab, TRL and Unsloth side by side, on the same token ids in the same order.
+
+    python benchmarks/throughput.py --python trl=TRL_ENV/bin/python --python unsloth=UNSLOTH_ENV/bin/python
+    python benchmarks/throughput.py --preset notebook-3b --python trl=... --python unsloth=...    # a GPU and the Hub
+
+Each backend runs in processes of its own, in its own environment, one after another and in turns, so that a drift of
+the machine falls on all alike. A backend that cannot run says why in its row. Results, raw logs and the specification
+of each run go to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_lab.data.datamodule import ChatDataModule
+from lightning_lab.models.base import load_config, locate, resolve_compute_dtype
+
+HERE = Path(__file__).parent
+# Backend -> worker, environment it runs in, and what differs from the common settings.
+BACKENDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lightning_lab": ("lab.py", "lightning_lab", {}),
+    "trl": ("trl_sft.py", "trl", {}),
+    "trl-packing": ("trl_sft.py", "trl", {"packing": True, "micro_batch": 1}),
+    "trl-8x1": ("trl_sft.py", "trl", {"micro_batch": 8}),
+    "unsloth": ("unsloth_sft.py", "unsloth", {}),
+    "unsloth-packing": ("unsloth_sft.py", "unsloth", {"packing": True, "micro_batch": 1}),
+    "unsloth-8x1": ("unsloth_sft.py", "unsloth", {"micro_batch": 8}),
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": {"base": "embedded", "source": "chitchat", "conversations": 400, "steps": 8, "checkpointing": "none"},
+    "notebook-3b": {"base": "unsloth/Llama-3.2-3B-Instruct", "source": "mlabonne/FineTome-100k", "steps": 60},
+    "notebook-1b": {"base": "unsloth/Llama-3.2-1B-Instruct", "source": "mlabonne/FineTome-100k", "steps": 60},
+}
+# The lab's notebook as it was published with its output, not measured by this script.
+RECORDED = {
+    "notebook-3b": "| Unsloth 2024.10.0 on a T4, fp16, as recorded in the lab's notebook (60 steps in 446.5 s) | | | | "
+    "7.44 | 6.531 GB reserved | | |"
+}
+
+
+@dataclass
+class Result:
+    """All repeats of one backend: either what its workers reported, or why there is nothing."""
+
+    name: str
+    repeats: list[dict[str, Any]]
+    reason: str = ""
+
+    def median(self, key: str) -> float:
+        """Median over the steps after the first, of all repeats, of a count per second."""
+        return statistics.median(s[key] / s["seconds"] for r in self.repeats for s in r["steps"][1:])
+
+    def overall(self, key: str) -> float:
+        """Counts over seconds, both summed over the steps after the first of all repeats."""
+        steps = [s for r in self.repeats for s in r["steps"][1:]]
+        return sum(s[key] for s in steps) / sum(s["seconds"] for s in steps)
+
+    @property
+    def seconds(self) -> float:
+        """Median seconds of a step after the first."""
+        return statistics.median(s["seconds"] for r in self.repeats for s in r["steps"][1:])
+
+    def peak(self, key: str) -> float | None:
+        """Most memory of any repeat, in MiB."""
+        values = [r[key] for r in self.repeats if r.get(key) is not None]
+        return max(values) if values else None
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["lightning_lab", "trl", "unsloth"])
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="interpreter of a backend")
+    parser.add_argument("--base", help="Hub id, folder, GGUF file or embedded")
+    parser.add_argument("--source", help="as data.source")
+    parser.add_argument("--template", default=None, help="as data.template")
+    parser.add_argument("--conversations", type=int, default=None, help="use the first this many")
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--checkpointing", choices=["none", "full"], default=None)
+    parser.add_argument("--compute_dtype", default="auto")
+    parser.add_argument("--max_length", type=int, default=2048)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--micro_batch", type=int, default=2, help="conversations a micro-batch, of the peers")
+    parser.add_argument("--micro_batch_tokens", type=int, default=2048, help="of lightning_lab")
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--attention", default="sdpa", help="of TRL: sdpa, flash_attention_2, ...")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="more keys for lightning_lab")
+    parser.add_argument("--timeout", type=float, default=7200.0, help="seconds a run may take")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "throughput")
+    options = parser.parse_args()
+    defaults = {"checkpointing": "full", "conversations": None} | PRESETS[options.preset]
+    for key, value in defaults.items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
+    return options
+
+
+def prepare(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokenise once; write each step's conversations for the peers, and the arguments that make lightning_lab's."""
+    template = options.template or ("tokenizer" if options.base == "embedded" else "llama-3.1")
+    rows = options.conversations
+    data = ChatDataModule(
+        source=options.source,
+        rows=rows,
+        split=[0.99, 0.01, 0.0],
+        tokenizer=options.base,
+        template=template,
+        max_length=options.max_length,
+        on_bad_row="drop",
+        batch_size=options.batch_size,
+        micro_batch_tokens=options.micro_batch_tokens,
+    )
+    data.prepare(progress=True)
+    steps = []
+    for step in range(options.steps):
+        chosen = [int(data.splits["train"].rows[d]) for d in data.step_documents(step)]
+        steps.append(
+            [
+                {"input_ids": data.tokenized.input_ids(row).tolist(), "labels": data.tokenized.labels(row).tolist()}
+                for row in chosen
+            ]
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    steps_file = (options.out / "steps.json").resolve()
+    steps_file.write_text(json.dumps(steps))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = str(resolve_compute_dtype(options.compute_dtype, device)).removeprefix("torch.")
+    ours = {
+        "model.base": options.base,
+        "model.compute_dtype": dtype,
+        "model.lr": options.lr,
+        "model.r": options.r,
+        "model.alpha": options.r,
+        "model.checkpointing": options.checkpointing,
+        "data.source": options.source,
+        "data.rows": "null" if rows is None else rows,
+        "data.split": "[0.99,0.01,0.0]",
+        "data.template": template,
+        "data.max_length": options.max_length,
+        "data.on_bad_row": "drop",
+        "data.batch_size": options.batch_size,
+        "data.micro_batch_tokens": options.micro_batch_tokens,
+        "trainer.max_steps": options.steps,
+        "trainer.logger": "false",
+        "samples": 0,
+    }
+    return {
+        "base": locate(options.base),
+        "steps_file": str(steps_file),
+        "steps": options.steps,
+        "lengths": [[len(example["input_ids"]) for example in step] for step in steps],
+        "supervised": [sum(label != -100 for e in step for label in e["labels"][1:]) for step in steps],
+        "batch_size": options.batch_size,
+        "micro_batch": options.micro_batch,
+        "max_length": options.max_length,
+        "compute_dtype": dtype,
+        "checkpointing": options.checkpointing,
+        "packing": False,
+        "attention": options.attention,
+        "lr": options.lr,
+        "r": options.r,
+        "alpha": options.r,
+        "threads": options.threads,
+        "arguments": [f"--{key}={value}" for key, value in ours.items()] + [f"--{item}" for item in options.set],
+    }
+
+
+def run(name: str, repeat: int, spec: dict[str, Any], python: dict[str, str], options: argparse.Namespace) -> Any:
+    """Run one worker; return its report, or the reason why there is none."""
+    worker, environment, changes = BACKENDS[name]
+    if environment == "unsloth" and not torch.cuda.is_available():
+        return "needs an accelerator (Unsloth refuses to import without one)"
+    if environment not in python:
+        return f"no environment given: --python {environment}=PATH"
+    folder = (options.out / "raw" / f"{name}-{repeat}").resolve()
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text(json.dumps(spec | changes | {"folder": str(folder)}, indent=1))
+    result = folder / "result.json"
+    command = [python[environment], str(HERE / "workers" / worker), str(folder / "spec.json"), str(result)]
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if options.threads:
+        variables["OMP_NUM_THREADS"] = str(options.threads)
+    variables.pop("PYTHONPATH", None)
+    if environment == "lightning_lab":
+        variables["PYTHONPATH"] = str(HERE.parent)
+    started = time.monotonic()
+    with (folder / "log.txt").open("w") as log:
+        try:
+            status = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, env=variables, timeout=options.timeout, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"not done within {options.timeout:.0f} s"
+    print(f"{name}, repeat {repeat}: status {status} after {time.monotonic() - started:.0f} s", file=sys.stderr)
+    if status == -9:
+        return "killed, most likely for memory"
+    if status or not result.exists():
+        lines = (folder / "log.txt").read_text().strip().splitlines()
+        return f"failed: {lines[-1][:200] if lines else status}"
+    return json.loads(result.read_text())
+
+
+def matrix_rate(dtype: torch.dtype, threads: int | None) -> float:
+    """Measured floating-point operations per second of a large matrix product: the best of several."""
+    if threads:
+        torch.set_num_threads(threads)
+    cuda = torch.cuda.is_available()
+    size = 8192 if cuda else 2048
+    a, b = (torch.randn(size, size, device="cuda" if cuda else "cpu").to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        if cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        a @ b
+        if cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def useful_operations(spec: dict[str, Any], base: str) -> float:
+    """Floating-point operations of all steps but the first that the result needs, whoever computes it.
+
+    Frozen linears: forward and input gradient. Adapters: also weight gradients. Causal attention: two products
+    forward, four backward, over half of each document's square. Head: forward and input gradient at supervised tokens.
+    """
+    config = load_config(base)
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    width = config.num_attention_heads * config.head_dim
+    narrow = config.num_key_value_heads * config.head_dim
+    shapes = [(hidden, width), (hidden, narrow), (hidden, narrow), (width, hidden)]
+    shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    frozen = layers * sum(i * o for i, o in shapes)
+    adapters = layers * spec["r"] * sum(i + o for i, o in shapes)
+    total = 0.0
+    for lengths, supervised in zip(spec["lengths"][1:], spec["supervised"][1:], strict=True):
+        total += sum(lengths) * (4 * frozen + 6 * adapters)
+        total += layers * sum(6 * length * length * width for length in lengths)
+        total += 4 * supervised * hidden * config.vocab_size
+    return total
+
+
+def report(results: list[Result], spec: dict[str, Any], options: argparse.Namespace, rate: float) -> str:
+    """The table, the losses side by side, and what it was measured with."""
+    work = useful_operations(spec, options.base)
+    lines = [
+        "| backend | real tok/s | supervised tok/s | with padding tok/s | s/step | peak MiB | MFU | first step s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        if result.reason:
+            lines.append(f"| {result.name} | {result.reason} | | | | | | |")
+            continue
+        tokens = sum(map(sum, spec["lengths"][1:]))
+        done = [sum(s["tokens"] for s in r["steps"][1:]) for r in result.repeats]
+        seconds = [sum(s["seconds"] for s in r["steps"][1:]) for r in result.repeats]
+        # packing changes what a step holds: its operations are taken in proportion to the tokens
+        mfu = statistics.median(work * d / tokens / s / rate for d, s in zip(done, seconds, strict=True))
+        reserved = result.peak("peak_reserved_mib")
+        memory = (
+            f"{reserved:,.0f} reserved, {result.peak('peak_allocated_mib') or 0:,.0f} allocated"
+            if reserved is not None
+            else f"{result.peak('peak_rss_mib') or 0:,.0f} RSS"
+        )
+        first = statistics.median(r["steps"][0]["seconds"] for r in result.repeats)
+        lines.append(
+            f"| {result.name} | {result.median('tokens'):,.1f} | {result.median('supervised_tokens'):,.1f} | "
+            f"{result.median('padded_tokens'):,.1f} | {result.seconds:.2f} | {memory} | {mfu:.1%} | {first:.2f} |"
+        )
+    if options.preset in RECORDED:
+        lines.append(RECORDED[options.preset])
+    measured = [r for r in results if not r.reason]
+    lines += [
+        "",
+        "Tokens/s and s/step: median over the steps after the first of all repeats. Per repeat, real tokens/s:",
+        "",
+    ]
+    for result in measured:
+        each = [
+            sum(s["tokens"] for s in r["steps"][1:]) / sum(s["seconds"] for s in r["steps"][1:]) for r in result.repeats
+        ]
+        lines.append(f"* {result.name}: {', '.join(f'{value:.1f}' for value in each)}")
+    ours = next((r for r in measured if r.name == "lightning_lab"), None)
+    if ours:
+        lines += ["", "Ratios to lightning_lab (real tokens/s over all timed steps; peak memory):", ""]
+        key = "peak_reserved_mib" if ours.peak("peak_reserved_mib") else "peak_rss_mib"
+        for other in measured:
+            if other is not ours:
+                speed = ours.overall("tokens") / other.overall("tokens")
+                memory_share = (ours.peak(key) or 0) / (other.peak(key) or 1)
+                lines.append(f"* {speed:.2f} times {other.name}, in {memory_share:.0%} of its memory")
+    lines += ["", "Losses:", "", "| step | " + " | ".join(r.name for r in measured) + " |"]
+    lines.append("|---:|" + "---:|" * len(measured))
+    for step in range(options.steps):
+        cells = [f"{r.repeats[0]['steps'][step].get('loss', float('nan')):.4f}" for r in measured]
+        lines.append(f"| {step + 1} | " + " | ".join(cells) + " |")
+    for other in measured:
+        if ours and other is not ours and "packing" not in other.name:
+            pairs = zip(ours.repeats[0]["steps"], other.repeats[0]["steps"], strict=True)
+            largest = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
+            lines.append("")
+            lines.append(f"Largest difference between the losses of lightning_lab and {other.name}: {largest:.6f}")
+    processor = platform.processor() or platform.machine()
+    lines += [
+        "",
+        f"Device: {measured[0].repeats[0]['device'] if measured else 'none'} ({processor}), {torch.get_num_threads()} "
+        f"threads; matrix rate measured at {rate / 1e9:,.0f} GF/s in {spec['compute_dtype']}.",
+    ]
+    for result in measured:
+        versions = ", ".join(f"{k} {v}" for k, v in result.repeats[0]["versions"].items())
+        lines.append(f"{result.name}: {versions}; {result.repeats[0]['trainable']:,} trainable parameters.")
+    command = " ".join(["python", "benchmarks/throughput.py", *(a for a in sys.argv[1:] if "=/" not in a)])
+    lines += ["", f"Command (less the environments' paths): `{command}`"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run every backend in turns and write the report."""
+    options = arguments()
+    python = {"lightning_lab": sys.executable} | dict(item.split("=", 1) for item in options.python)
+    spec = prepare(options)
+    results = [Result(name, []) for name in options.backends]
+    rates = []
+    for repeat in range(options.repeats):
+        rates.append(matrix_rate(getattr(torch, spec["compute_dtype"]), options.threads))
+        for result in results if repeat % 2 == 0 else reversed(results):
+            if result.reason:
+                continue
+            outcome = run(result.name, repeat, spec, python, options)
+            if isinstance(outcome, str):
+                result.reason, result.repeats = outcome, []
+            else:
+                result.repeats.append(outcome)
+    text = report(results, spec, options, max(rates))
+    (options.out / "report.md").write_text(text)
+    record = {"spec": {k: v for k, v in spec.items() if k not in ("base", "steps_file")}, "matrix_rates": rates}
+    record["results"] = {r.name: r.reason or r.repeats for r in results}
+    (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""TRL's SFTTrainer on given token ids: run by throughput.py in an environment that holds TRL. Usage: SPEC RESULT."""
+
+import importlib.metadata
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+
+class Measured(TrainerCallback):
+    """Each step's time, from the end of the step before, its loss and its tokens."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.counts = [0, 0, 0]
+        self._ended = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the first step's clock."""
+        self._ended = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the step's time and tokens."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        real, supervised, padded = self.counts
+        self.steps.append(
+            {"seconds": now - self._ended, "tokens": real, "supervised_tokens": supervised, "padded_tokens": padded}
+        )
+        self.counts[:] = [0, 0, 0]
+        self._ended = now
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Take the step's loss."""
+        if "loss" in logs:
+            self.steps[-1]["loss"] = float(logs["loss"])
+
+
+class CountingCollator:
+    """The trainer's own collator; counts what it makes."""
+
+    def __init__(self, collate: Any, measured: Measured) -> None:
+        self.collate, self.measured = collate, measured
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        """Collate and count."""
+        batch = self.collate(examples)
+        real = sum(len(example["input_ids"]) for example in examples)
+        for i, count in enumerate((real, int((batch["labels"] != -100).sum()), batch["input_ids"].numel())):
+            self.measured.counts[i] += count
+        return batch
+
+
+def main(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train and measure."""
+    torch.set_num_threads(spec["threads"] or torch.get_num_threads())
+    dtype = getattr(torch, spec["compute_dtype"])
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        spec["base"],
+        dtype=dtype,
+        quantization_config=nf4,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        attn_implementation=spec["attention"],
+    )
+    tokenizer = AutoTokenizer.from_pretrained(spec["base"])
+    examples = [example for step in json.loads(Path(spec["steps_file"]).read_text()) for example in step]
+    measured = Measured()
+    config = SFTConfig(
+        output_dir=str(Path(spec["folder"]) / "trl"),
+        per_device_train_batch_size=spec["micro_batch"],
+        gradient_accumulation_steps=spec["batch_size"] // spec["micro_batch"],
+        max_steps=spec["steps"],
+        learning_rate=spec["lr"],
+        warmup_steps=5,
+        lr_scheduler_type="linear",
+        optim="adamw_8bit",
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        seed=3407,
+        bf16=spec["compute_dtype"] == "bfloat16",
+        fp16=spec["compute_dtype"] == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=spec["checkpointing"] == "full",
+        packing=spec["packing"],
+        max_length=spec["max_length"],
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    set_seed(3407)  # the adapters' initial values are drawn next
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=spec["r"],
+            lora_alpha=spec["alpha"],
+            lora_dropout=0.0,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            task_type="CAUSAL_LM",
+        ),
+        callbacks=[measured],
+    )
+    trainer.data_collator = CountingCollator(trainer.data_collator, measured)
+    trainer.train()
+    return summary(trainer, measured, "trl", "transformers", "peft", "bitsandbytes", "torch")
+
+
+def summary(trainer: Any, measured: Measured, *packages: str) -> dict[str, Any]:
+    """What a worker reports."""
+    cuda = torch.cuda.is_available()
+    return {
+        "steps": measured.steps,
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "peak_reserved_mib": torch.cuda.max_memory_reserved() / 2**20 if cuda else None,
+        "peak_allocated_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
+        "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+    }
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))

@@ -1,0 +1,191 @@
+"""The fused linear against PEFT's own layers and plain autograd; what it leaves to PEFT."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners import lora
+from torch import nn
+
+from lightning_lab.models import qlora
+from lightning_lab.models.fused_linear import NF4, FusedLinear, FusedLinear4bit, dequantise, qlora_linear
+from tests.models.conftest import CPU, tiny_config
+
+IDS = torch.arange(3, 60)[None]
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(tiny_config()).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, bits: int, dtype: torch.dtype = torch.float32) -> Any:
+    from lightning_lab.models.base import load_base
+
+    return load_base(str(folder), bits=bits, compute_dtype=dtype, device=CPU)
+
+
+def adapt(model: Any, **changes: Any) -> Any:
+    settings: dict[str, Any] = dict(
+        r=4, alpha=8, dropout=0.0, target_modules=qlora.DEFAULT_TARGETS, rslora=False, dora=False, seed=1
+    )
+    model = qlora.add_adapters(model, **(settings | changes))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05, generator=generator)
+    return model
+
+
+def loss_and_gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def layer_of(model: Any) -> Any:
+    return model.get_base_model().model.layers[0].self_attn.q_proj
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_on_and_off_agree_in_float32(tiny_folder: Path, bits: int) -> None:
+    on, off = (adapt(load(tiny_folder, bits), fused=fused) for fused in (True, False))
+    assert type(layer_of(on)) is (FusedLinear4bit if bits == 4 else FusedLinear)
+    assert type(layer_of(off)) is (lora.Linear4bit if bits == 4 else lora.Linear)
+    (loss, gradients), (expected_loss, expected) = loss_and_gradients(on), loss_and_gradients(off)
+    assert loss == pytest.approx(expected_loss, abs=1e-6)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_in_bfloat16_its_error_is_no_larger_than_pefts(tiny_folder: Path) -> None:
+    """Against the same 4-bit weights in float32; gradients in the norm over all adapters."""
+    _, exact = loss_and_gradients(adapt(load(tiny_folder, 4), fused=False))
+    errors = {}
+    for fused in (True, False):
+        _, gradients = loss_and_gradients(adapt(load(tiny_folder, 4, torch.bfloat16), fused=fused))
+        assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+        errors[fused] = torch.stack([(gradients[n] - exact[n]).norm() for n in exact]).norm().item()
+    assert 0 < errors[True] <= 1.02 * errors[False]
+
+
+def test_against_plain_autograd_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w, a, b = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 5, 6), (7, 6), (3, 6), (7, 3))
+    )
+    x, a, b = (tensor.requires_grad_() for tensor in (x, a, b))
+    torch.testing.assert_close(qlora_linear(x, w, a, b, 0.5), x @ w.T + 0.5 * (x @ a.T) @ b.T)
+    assert torch.autograd.gradcheck(lambda x, a, b: qlora_linear(x, w, a, b, 0.5), (x, a, b))
+    for missing in range(3):  # frozen inputs get no gradient and stop none
+        some = [tensor.detach().requires_grad_(i != missing) for i, tensor in enumerate((x, a, b))]
+        assert torch.autograd.gradcheck(lambda x, a, b: qlora_linear(x, w, a, b, 0.5), some)
+
+
+def test_dequantised_weights_are_those_of_bitsandbytes(tiny_folder: Path) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    linear = load(tiny_folder, 4).model.layers[0].mlp.down_proj
+    weight = NF4.of(linear)
+    assert weight is not None
+    expected = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    assert torch.equal(dequantise(weight, torch.float32), expected)
+
+
+def saved_bytes(model: Any) -> int:
+    """Memory of everything that autograd keeps, each storage once, without the model's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(input_ids=IDS).logits  # keeps the graph, and with it the storages, alive
+    del output
+    return sum(kept.values())
+
+
+def test_it_keeps_less_for_the_backward_pass(tiny_folder: Path) -> None:
+    on, off = (saved_bytes(adapt(load(tiny_folder, 4, torch.bfloat16), fused=fused)) for fused in (True, False))
+    assert on < 0.8 * off
+
+
+def test_dora_and_8_bit_stay_pefts_own(tiny_folder: Path) -> None:
+    for bits, changes in ((8, {}), (4, {"dora": True})):
+        on, off = (adapt(load(tiny_folder, bits), fused=fused, **changes) for fused in (True, False))
+        assert type(layer_of(on)) is type(layer_of(off)) is (lora.Linear8bitLt if bits == 8 else lora.Linear4bit)
+        assert loss_and_gradients(on)[0] == loss_and_gradients(off)[0]
+
+
+def test_dropout_goes_pefts_way_in_training_alone(tiny_folder: Path) -> None:
+    model = adapt(load(tiny_folder, 16), dropout=0.5)
+    plain = adapt(load(tiny_folder, 16), dropout=0.5, fused=False)
+    losses = []
+    for each in (model, plain):
+        torch.manual_seed(5)
+        losses.append(loss_and_gradients(each)[0])
+    assert losses[0] == losses[1]
+    torch.testing.assert_close(
+        model.eval()(input_ids=IDS).logits, plain.eval()(input_ids=IDS).logits, rtol=0, atol=1e-5
+    )
+
+
+def test_disabled_and_merged_adapters(tiny_folder: Path) -> None:
+    base = load(tiny_folder, 16)
+    untouched = copy.deepcopy(base)(input_ids=IDS).logits
+    model = adapt(base).eval()
+    adapted = model(input_ids=IDS).logits
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).logits, untouched)
+    assert not torch.equal(adapted, untouched)
+    merged = model.merge_and_unload()
+    assert not any(isinstance(module, FusedLinear) for module in merged.modules())
+    torch.testing.assert_close(merged(input_ids=IDS).logits, adapted, rtol=0, atol=1e-5)
+
+
+def test_a_layer_with_a_bias_goes_pefts_way() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj = nn.Linear(6, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q_proj(x)
+
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    net = Net()
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    config._register_custom_module({nn.Linear: FusedLinear})
+    x = torch.randn(3, 4, 6)
+    expected = net(x)
+    inject_adapter_in_model(config, net)
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_the_saved_adapter_is_an_ordinary_one(tiny_folder: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = adapt(load(tiny_folder, 4)).eval()
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert "custom" not in json.dumps(json.loads((tmp_path / "adapter_config.json").read_text())).lower()
+    plain = PeftModel.from_pretrained(load(tiny_folder, 4), tmp_path).eval()
+    assert type(layer_of(plain)) is lora.Linear4bit
+    torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=0, atol=1e-5)
