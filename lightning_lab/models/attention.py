@@ -7,9 +7,14 @@ for them, and no ``T x T`` mask is ever built.
 The function is registered with transformers' ``AttentionInterface``, which is how it accepts attention from outside
 (https://huggingface.co/docs/transformers/attention_interface). A name that has no entry in the mask interface gets no
 mask from transformers, which is what is wanted here.
+
+On GPUs with PyTorch's variable-length kernel one call serves all documents. On a CPU they are attended one by one,
+inside one operator that `torch.compile` does not look into, so that neither their number nor their lengths compile a
+layer anew.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -36,6 +41,21 @@ def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
+def attention_arguments(cu_seqlens: Tensor, lengths: Sequence[int], varlen: bool) -> dict[str, Any]:
+    """What a model's forward needs to pass on to :func:`document_attention`, for one packed row.
+
+    Args:
+        cu_seqlens: ``[documents + 1]`` int32 borders on the device, from 0 to ``T``.
+        lengths: The same as lengths on the host, adding up to ``T``.
+        varlen: Use the variable-length kernel; see :func:`has_varlen_kernel`.
+
+    """
+    if varlen:
+        return {"cu_seqlens": cu_seqlens, "longest_document": max(lengths)}
+    # borders, not lengths: a tensor of one element would be compiled apart
+    return {"document_borders": torch.tensor([0, *accumulate(lengths)], device="cpu")}
+
+
 def document_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -45,7 +65,8 @@ def document_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seqlens: Tensor | None = None,
-    document_lengths: Sequence[int] | None = None,
+    longest_document: int | None = None,
+    document_borders: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each document of a packed row.
@@ -58,8 +79,9 @@ def document_attention(
         attention_mask: Must be None; the borders say all there is to say.
         scaling: Factor on the scores; ``1 / sqrt(head_dim)`` by default.
         dropout: Attention dropout; Llama has none, and anything but 0 is refused.
-        cu_seqlens: ``[documents + 1]`` int32 borders on the device, from 0 to ``T``.
-        document_lengths: The same as lengths on the host, adding up to ``T``.
+        cu_seqlens: As in :func:`attention_arguments`; given for the variable-length kernel.
+        longest_document: Tokens of the longest document; with ``cu_seqlens``.
+        document_borders: ``[documents + 1]`` int64 on the CPU, from 0 to ``T``; without ``cu_seqlens``.
         kwargs: What transformers passes to any attention function; not used.
 
     Returns:
@@ -69,16 +91,20 @@ def document_attention(
         ValueError: The borders are missing, a mask or dropout was passed, or the batch has more than one row.
 
     """
-    if cu_seqlens is None or document_lengths is None:
-        raise ValueError("document attention needs cu_seqlens and document_lengths; generation uses sdpa instead")
     if attention_mask is not None or dropout != 0.0 or query.shape[0] != 1:
         raise ValueError("document attention takes one packed row, without a mask and without dropout")
-    if has_varlen_kernel(query.device, query.dtype):
-        return _varlen(query, key, value, cu_seqlens, max(document_lengths), scaling), None
-    return _per_document(query, key, value, document_lengths, scaling), None
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    if cu_seqlens is not None and longest_document is not None:
+        return _varlen(query, key, value, cu_seqlens, longest_document, scaling), None
+    if document_borders is None:
+        raise ValueError("document attention needs the documents' borders; generation uses sdpa instead")
+    if query.device.type == "cpu":
+        return _cpu_attention(query, key, value, document_borders, scaling)[0], None
+    return _sdpa_per_document(query, key, value, document_borders.diff().tolist(), scaling), None
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scaling: float | None) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scaling: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))  # [T, heads, head_dim]
@@ -89,13 +115,97 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, s
     return out.unsqueeze(0)
 
 
-def _per_document(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scaling: float | None) -> Tensor:
-    if q.is_cuda:  # without flash (sm80, 16 bits) enable_gqa leaves only the kernel that builds T x T scores
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+def _sdpa_per_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scaling: float) -> Tensor:
+    """For GPUs without the variable-length kernel (before sm80, or in float32); not compiled."""
+    # without flash enable_gqa leaves only the kernel that builds T x T scores
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     pieces = [
-        F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, scale=scaling, enable_gqa=not q.is_cuda)
-        for q_i, k_i, v_i in zip(
-            q.split(list(lengths), dim=2), k.split(list(lengths), dim=2), v.split(list(lengths), dim=2), strict=True
-        )
+        F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, scale=scaling)
+        for q_i, k_i, v_i in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+@torch.library.custom_op("lightning_lab::cpu_document_attention", mutates_args=(), device_types="cpu")
+def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return ``[1, T, heads, head_dim]`` and the scores' log-sum-exp ``[1, heads, T]`` by PyTorch's flash kernel.
+
+    The kernel lets several heads share a key and takes strided input, so that nothing is copied but its output.
+    """
+    _, heads, tokens, width = q.shape
+    out = q.new_empty(1, tokens, heads, width)
+    logsumexp = q.new_empty(1, heads, tokens, dtype=_accumulation_dtype(q.dtype))
+    for document in _documents(borders):
+        q_i, k_i, v_i = (x[:, :, document] for x in (q, k, v))
+        out_i, logsumexp[:, :, document] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_i, k_i, v_i, 0.0, True, scale=scaling
+        )
+        out[:, document] = out_i.transpose(1, 2)
+    return out, logsumexp
+
+
+@_cpu_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    _, heads, tokens, width = q.shape
+    return q.new_empty(1, tokens, heads, width), q.new_empty(1, heads, tokens, dtype=_accumulation_dtype(q.dtype))
+
+
+@torch.library.custom_op("lightning_lab::cpu_document_attention_backward", mutates_args=(), device_types="cpu")
+def _cpu_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    borders: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    for document in _documents(borders):
+        pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad[:, document].transpose(1, 2),
+            *(x[:, :, document] for x in (q, k, v)),
+            out[:, document].transpose(1, 2),
+            logsumexp[:, :, document],
+            0.0,
+            True,
+            scale=scaling,
+        )
+        for whole, piece in zip(grads, pieces, strict=True):
+            whole[:, :, document] = piece
+    return grads
+
+
+@_cpu_attention_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    borders: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, borders, ctx.scaling = inputs
+    ctx.save_for_backward(q, k, v, *output, borders)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_cpu_attention_backward(grad, *ctx.saved_tensors, ctx.scaling), None, None
+
+
+_cpu_attention.register_autograd(_backward, setup_context=_keep)
+
+
+def _documents(borders: Tensor) -> list[slice]:
+    return [slice(start, end) for start, end in pairwise(borders.tolist())]
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

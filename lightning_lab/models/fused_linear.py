@@ -136,6 +136,8 @@ def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
 class _Fused:
     """Takes the plain case of a PEFT layer: one adapter, not merged, without dropout or a variant such as DoRA."""
 
+    plain_weight: NF4 | None = None  # of the base; torch.compile cannot read it from bitsandbytes' parameter class
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = cast(Any, self)
         active = layer.active_adapters
@@ -154,7 +156,7 @@ class _Fused:
         ):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base = layer.get_base_layer()
-        weight = base.weight if type(base) is nn.Linear else NF4.of(base)
+        weight = base.weight if type(base) is nn.Linear else layer.plain_weight or NF4.of(base)
         if weight is None or base.bias is not None or _of_another_dtype(weight, x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         name = active[0]
@@ -172,6 +174,13 @@ class FusedLinear4bit(_Fused, lora.Linear4bit):
 
 class FusedLinear(_Fused, lora.Linear):
     """Stands in for PEFT's layer beside an unquantised ``nn.Linear``."""
+
+
+def keep_plain_weights(model: nn.Module) -> None:
+    """Let each fused layer hold its base's 4-bit weight as plain tensors; the base must then stay where it is."""
+    for module in model.modules():
+        if isinstance(module, FusedLinear4bit):
+            module.plain_weight = NF4.of(module.get_base_layer())
 
 
 def fused_layers(targets: Sequence[nn.Module]) -> dict[type[nn.Module], type[nn.Module]]:

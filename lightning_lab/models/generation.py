@@ -48,7 +48,8 @@ def generate(
     input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in encoded])
     attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in encoded])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with _ready_to_generate(model), torch.no_grad():
+    # compiled layers are for packed rows; caches and padding would compile them anew
+    with _ready_to_generate(model), torch.compiler.set_stance("force_eager"), torch.no_grad():
         device = model.get_input_embeddings().weight.device
         output = model.generate(
             input_ids=input_ids.to(device),

@@ -143,6 +143,19 @@ def enable_checkpointing(model: LlamaForCausalLM | PeftModel, mode: str) -> None
         raise LabError(f"model.checkpointing: {mode!r} is unknown; use none or full")
 
 
+def compile_layers(model: PeftModel, backend: str = "inductor") -> None:
+    """Compile each decoder layer, without graph breaks and for any number of tokens at once.
+
+    All layers share one compiled graph a mode (training, evaluation, without adapters); the first layer has one of its
+    own in training, since its input needs no gradient.
+    """
+    from lightning_lab.models.fused_linear import keep_plain_weights
+
+    keep_plain_weights(model)
+    for layer in model.get_base_model().model.layers:
+        layer.compile(fullgraph=True, dynamic=True, backend=backend)
+
+
 def _check_targets(model: LlamaForCausalLM, target_modules: Sequence[str]) -> None:
     head = {"lm_head", "embed_tokens"}
     # The quantised classes of bitsandbytes derive from nn.Linear.

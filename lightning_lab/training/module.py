@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from lightning_lab.data.batching import MicroBatch, StepBatch
 from lightning_lab.data.datamodule import ChatDataModule, Prompt
 from lightning_lab.errors import LabError
-from lightning_lab.models.attention import register_document_attention
+from lightning_lab.models.attention import attention_arguments, has_varlen_kernel, register_document_attention
 from lightning_lab.models.base import load_base, resolve_compute_dtype
 from lightning_lab.models.generation import generate
 from lightning_lab.models.loss import supervised_nll, supervised_nll_sum
@@ -28,6 +28,7 @@ from lightning_lab.models.qlora import (
     DEFAULT_TARGETS,
     adapter_state,
     add_adapters,
+    compile_layers,
     enable_checkpointing,
     evaluation_mode,
     load_adapter_state,
@@ -64,6 +65,8 @@ class QLoRAModule(pl.LightningModule):
         checkpointing: ``full`` keeps one hidden state per layer and recomputes the rest; ``none`` keeps everything.
         fused_linear: Run each linear and its adapter as one autograd function: faster, and less memory in 16 bits. Same
             results to rounding. 8-bit bases, DoRA and training with dropout always take PEFT's own layers.
+        compile: Compile each decoder layer with ``torch.compile``, once for all lengths; takes a minute or two at the
+            first step and at the first validation. Same results to rounding.
         max_new_tokens: Longest answer that `predict` writes.
         temperature: Of `predict`; 0 takes the most likely token each time, else the base's own top_p and top_k apply.
         seed: Seed of the adapters' initial values. Set from ``seed_everything``.
@@ -90,6 +93,7 @@ class QLoRAModule(pl.LightningModule):
         max_grad_norm: float | None = 1.0,
         checkpointing: Literal["none", "full"] = "none",
         fused_linear: bool = True,
+        compile: bool = False,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 3407,
@@ -109,6 +113,7 @@ class QLoRAModule(pl.LightningModule):
         self.max_grad_norm = max_grad_norm
         self.checkpointing = checkpointing
         self.fused_linear = fused_linear
+        self.compile_layers = compile
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.seed = seed
         if lr <= 0:
@@ -136,6 +141,12 @@ class QLoRAModule(pl.LightningModule):
             return
         device = self.trainer.strategy.root_device
         self.compute_dtype = resolve_compute_dtype(self.compute_dtype_name, device)
+        self.varlen = has_varlen_kernel(device, self.compute_dtype)
+        if self.compile_layers and device.type == "cuda" and not self.varlen:
+            raise LabError(
+                "model.compile needs variable-length attention, which this GPU or model.compute_dtype does not have "
+                "(compute capability 8.0 and 16 bits); set model.compile to false"
+            )
         base = load_base(
             self.base,
             bits=self.bits,
@@ -155,6 +166,8 @@ class QLoRAModule(pl.LightningModule):
             fused=self.fused_linear,
         )
         enable_checkpointing(self.model, self.checkpointing)
+        if self.compile_layers:
+            compile_layers(self.model)
         self.model.train()
 
     @property
@@ -203,8 +216,7 @@ class QLoRAModule(pl.LightningModule):
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            cu_seqlens=batch.cu_seqlens,
-            document_lengths=batch.document_lengths,
+            **attention_arguments(batch.cu_seqlens, batch.document_lengths, self.varlen),
         ).last_hidden_state[0]
 
     @property
@@ -487,6 +499,7 @@ class QLoRAModule(pl.LightningModule):
             "model.warmup_steps": self.warmup_steps,
             "model.max_grad_norm": self.max_grad_norm,
             "model.fused_linear": self.fused_linear,
+            "model.compile": self.compile_layers,
             "seed_everything": self.seed,
             "data.batch_size": data.batch_size,
             **self._split_settings(),

@@ -26,8 +26,7 @@ def _packed(ids: torch.Tensor) -> dict[str, object]:
         "input_ids": ids,
         "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
         "use_cache": False,
-        "cu_seqlens": torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32),
-        "document_lengths": LENGTHS,
+        "document_borders": torch.tensor([0, 5, 6, 15, 18]),
     }
 
 
@@ -77,8 +76,8 @@ def test_no_mask_is_ever_built() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"cu_seqlens": None},
-        {"document_lengths": None},
+        {"document_borders": None},
+        {"document_borders": None, "cu_seqlens": torch.tensor([0, 4])},
         {"attention_mask": torch.ones(1)},
         {"dropout": 0.1},
         {"query": torch.zeros(2, 2, 4, 8)},
@@ -86,8 +85,8 @@ def test_no_mask_is_ever_built() -> None:
 )
 def test_what_it_cannot_honour_is_refused(wrong: dict[str, object]) -> None:
     q = torch.zeros(1, 2, 4, 8)
-    good = {"query": q, "key": q, "value": q, "attention_mask": None, "cu_seqlens": torch.tensor([0, 4])}
-    good["document_lengths"] = (4,)
+    good = {"query": q, "key": q, "value": q, "attention_mask": None}
+    good["document_borders"] = torch.tensor([0, 4])
     document_attention(torch.nn.Identity(), **good)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="document attention"):
         document_attention(torch.nn.Identity(), **(good | wrong))  # type: ignore[arg-type]
