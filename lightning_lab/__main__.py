@@ -7,6 +7,7 @@ COMMANDS = {
     "validate": "evaluate the validation split of a run: --ckpt_path best, last, base or a file",
     "test": "evaluate the held-out test split of a run: --ckpt_path best, last, base or a file",
     "predict": "write answers for a split or a file to JSONL",
+    "plan": "before any weight is loaded: steps, tokens, trainable parameters, predicted peak memory by part",
     "preview": "show conversations as the model sees them, trained tokens marked",
 }
 

@@ -29,10 +29,10 @@ from lightning_lab.errors import LabError
 from lightning_lab.training.callbacks.checkpoints import Checkpoints, read_checkpoint
 from lightning_lab.training.callbacks.predictions import PredictionWriter
 from lightning_lab.training.callbacks.progress import RunProgress
-from lightning_lab.training.callbacks.record import RunRecord, StepClock, write_loss_table, write_text
+from lightning_lab.training.callbacks.record import MetricsFile, RunRecord, StepClock, write_loss_table, write_text
 from lightning_lab.training.callbacks.samples import Samples
 from lightning_lab.training.module import QLoRAModule
-from lightning_lab.training.rundir import BASE, RunPaths, resolve_run
+from lightning_lab.training.rundir import BASE, RunPaths, newest_run, resolve_run
 
 # Trainer settings that something of the lab's replaces, and what to set instead.
 REFUSED = {
@@ -55,6 +55,7 @@ REFUSED = {
     "enable_checkpointing": "set checkpoint_every_steps",
     "barebones": "set trainer.logger to false and samples to 0",
 }
+WITHOUT_TRAINER = ("plan", "preview")  # they parse the same keys
 STRATEGIES = ("auto", "ddp")
 OUT_OF_MEMORY = {
     "fit": "lower data.micro_batch_tokens, or set model.checkpointing to full",
@@ -80,7 +81,7 @@ class LabCLI(LightningCLI):
         self.name = name
         self.arguments = args
         self.paths: RunPaths
-        runs_trainer = command != "preview"  # preview parses the same keys and runs no trainer
+        runs_trainer = command not in WITHOUT_TRAINER
         options: dict[str, Any] = {"default_config_files": [str(configs_dir() / DEFAULTS)], "exit_on_error": False}
         super().__init__(
             QLoRAModule,
@@ -104,6 +105,8 @@ class LabCLI(LightningCLI):
         parser.link_arguments("model.base", "data.tokenizer")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
+        if self.command == "plan":
+            parser.add_argument("--json", action="store_true", help="One JSON object, sizes in bytes.")
         if self.command == "preview":
             parser.add_argument("--json", action="store_true", help="One JSON object a conversation.")
             parser.add_argument("--limit", type=int, default=3, help="How many conversations to show.")
@@ -147,7 +150,7 @@ class LabCLI(LightningCLI):
         for key in ("val_every_steps", "checkpoint_every_steps", "early_stopping"):
             if settings[key] is not None and settings[key] < 1:
                 raise LabError(f"{key} is {settings[key]}; it must be at least 1")
-        if self.command == "preview":
+        if self.command in WITHOUT_TRAINER:
             return
         self.paths = resolve_run(self.command, self.name, settings.run_dir, settings.ckpt_path)
         if settings.run_dir is None and settings.ckpt_path is not None:
@@ -170,7 +173,7 @@ class LabCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with the lab's callbacks; TensorBoard beside the run's record unless another logger is set."""
         settings = self.settings
-        if self.command == "preview":
+        if self.command in WITHOUT_TRAINER:
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
         trainer = settings.trainer
         self.model.evaluate_base = self.evaluates_base
@@ -355,6 +358,8 @@ def run(command: str, argv: list[str]) -> int:
         cli = LabCLI(command, args, _run_name(files))
         if command == "preview":
             _preview(cli)
+        if command == "plan":
+            _plan(cli)
     except LabError as error:
         return _fail(str(error))
     except ArgumentError as error:
@@ -381,6 +386,34 @@ def _preview(cli: LabCLI) -> None:
         as_json=settings.json,
         packing=data.packing_statistics(),
     )
+
+
+def _plan(cli: LabCLI) -> None:
+    from lightning_lab.experiments.plan import Settings, known_speed, plan, show, work_of
+    from lightning_lab.models.base import load_config, resolve_compute_dtype
+
+    data, model, settings = cli.datamodule, cli.model, cli.settings
+    config = load_config(model.base)
+    device = torch.device("cpu" if _accelerator(settings.trainer.accelerator) == "cpu" else "cuda")
+    dtype = resolve_compute_dtype(model.compute_dtype_name, device)
+    data.prepare(progress=not settings.json)
+    earlier = newest_run(cli.name)
+    planned = plan(
+        config,
+        Settings(
+            bits=model.bits,
+            dtype_bytes=dtype.itemsize,
+            r=model.r,
+            target_modules=model.target_modules,
+            optimizer=model.optimizer_name,
+            checkpointing=model.checkpointing,
+            fused_linear=model.fused_linear,
+        ),
+        work_of(data, settings.trainer.max_epochs, settings.trainer.max_steps),
+        device,
+        known_speed(MetricsFile(earlier / "metrics.csv").read()) if earlier else None,
+    )
+    print(json.dumps(planned, indent=2) if settings.json else show(planned))
 
 
 def _use_config_of_run(command: str, args: list[str], files: list[Path]) -> tuple[list[str], list[Path]]:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -205,3 +206,20 @@ def hub():
     yield server
     stop.set()
     server.shutdown()
+
+
+def saved_bytes(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+    """Memory of everything that autograd keeps of a forward pass, each storage once, without the model's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = forward()  # keeps the graph, and with it the storages, alive
+    del output
+    return sum(kept.values())

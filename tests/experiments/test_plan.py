@@ -1,0 +1,179 @@
+"""The plan against what real models hold: parameters, bytes of weights, and what autograd keeps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_lab.__main__ import main
+from lightning_lab.errors import LabError
+from lightning_lab.experiments.plan import Settings, known_speed, memory, plan, trainable_parameters, work_of
+from lightning_lab.models import qlora
+from lightning_lab.models.attention import attention_arguments, register_document_attention
+from lightning_lab.models.base import load_base
+from tests.models.conftest import CPU, llama_3_2, saved_bytes
+
+ALL = qlora.DEFAULT_TARGETS
+
+
+def settings(**changes: Any) -> Settings:
+    common: dict[str, Any] = dict(
+        bits=4, dtype_bytes=4, r=8, target_modules=ALL, optimizer="adamw_8bit", checkpointing="none"
+    )
+    return Settings(**(common | changes))
+
+
+@pytest.mark.parametrize(
+    ("size", "r", "expected"),
+    [("1B", 16, 11_272_192), ("1B", 32, 22_544_384), ("3B", 16, 24_313_856), ("3B", 32, 48_627_712)],
+)
+def test_trainable_parameters_of_llama_3_2(size: str, r: int, expected: int) -> None:
+    assert trainable_parameters(llama_3_2(size), r, ALL) == expected
+
+
+def test_an_unknown_layer_is_named() -> None:
+    with pytest.raises(LabError, match="query_proj"):
+        trainable_parameters(llama_3_2("1B"), 8, ["query_proj"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path_factory.mktemp("plan")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def build(folder: Path, dtype: torch.dtype, fused: bool = True) -> Any:
+    base = load_base(
+        str(folder), bits=4, compute_dtype=dtype, device=CPU, attn_implementation=register_document_attention()
+    )
+    return qlora.add_adapters(
+        base, r=8, alpha=8, dropout=0.0, target_modules=ALL, rslora=False, dora=False, seed=1, fused=fused
+    )
+
+
+def test_weights_adapters_and_optimizer_are_counted_to_the_byte(folder: Path) -> None:
+    from bitsandbytes.optim import AdamW8bit
+
+    model = build(folder, torch.float32)
+    parts = list(memory(model.config, settings(), 100, 50).values())
+    packed = [w for n, w in model.named_parameters() if w.dtype == torch.uint8]
+    whole = [w for n, w in model.named_parameters() if w.dtype != torch.uint8 and not w.requires_grad]
+    states = [w.quant_state for w in packed]
+    scales = sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)
+    trained = [w for w in model.parameters() if w.requires_grad]
+    assert parts[0] == sum(w.nbytes for w in {w.data_ptr(): w for w in whole}.values())
+    assert parts[1] == sum(w.nbytes for w in packed)
+    assert parts[2] == pytest.approx(scales, rel=0.02)  # a last block may be partly filled
+    assert parts[3] == parts[4] == sum(w.nbytes for w in trained)
+    assert list(memory(model.config, settings(optimizer="adamw"), 100, 50).values())[5] == 2 * parts[3]
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
+    large = [w for w in trained if w.numel() >= 4096]  # smaller ones keep float32 state
+    optimizer = AdamW8bit(large)
+    optimizer.step()
+    state = sum(t.nbytes for s in optimizer.state.values() for n, t in s.items() if n in ("state1", "state2"))
+    assert state == 2 * sum(w.numel() for w in large)
+    assert parts[5] == 2 * sum(w.numel() for w in trained)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(folder: Path, dtype: torch.dtype, fused: bool, checkpointing: str) -> None:
+    if dtype == torch.float32 and not fused:
+        pytest.skip("PEFT's layers keep the same in float32, and the scaled product besides")
+    model = build(folder, dtype, fused)
+    qlora.enable_checkpointing(model, checkpointing)
+    lengths = (200, 56)
+    borders = torch.tensor([0, 200, 256])
+
+    def forward() -> torch.Tensor:
+        return (
+            model.get_base_model()
+            .model(
+                input_ids=torch.zeros(1, 256, dtype=torch.int64),
+                position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+                use_cache=False,
+                **attention_arguments(borders, lengths, varlen=False),
+            )
+            .last_hidden_state
+        )
+
+    chosen = settings(dtype_bytes=dtype.itemsize, checkpointing=checkpointing, fused_linear=fused)
+    parts = memory(model.config, chosen, 256, 128)
+    predicted = next(size for name, size in parts.items() if name.startswith("activations"))
+    kept = saved_bytes(model, forward)
+    if checkpointing == "full":  # the layer that is recomputed is no part of what the forward pass keeps
+        one = memory(model.config, settings(dtype_bytes=dtype.itemsize, fused_linear=fused), 256, 128)
+        whole = next(size for name, size in one.items() if name.startswith("activations"))
+        predicted -= (whole - 256 * 4 * model.config.hidden_size) // 3
+    assert kept == pytest.approx(predicted, rel=0.03)
+
+
+def test_work_is_counted_over_all_steps(tiny_base: Path, short_chats: Path, one_tokenizer: None) -> None:
+    from lightning_lab.data.datamodule import ChatDataModule
+
+    data = ChatDataModule(
+        source=str(short_chats),
+        split=[18, 2, 0],
+        tokenizer=str(tiny_base),
+        template="tokenizer",
+        batch_size=4,
+        micro_batch_tokens=150,
+    )
+    data.prepare(progress=False)
+    lengths = data.tokenized.lengths[data.splits["train"].rows]
+    work = work_of(data, 2, -1)
+    assert work.steps == 10
+    assert work.tokens == 2 * lengths.sum()
+    assert lengths.max() <= work.largest_tokens <= max(150, lengths.max())
+    assert work.largest_supervised < work.largest_tokens
+    assert work_of(data, None, 1).tokens == np.sum(lengths[data.step_documents(0)])
+
+
+def test_what_is_shown(
+    tiny_base: Path, short_chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["plan", "--config=embedded.yaml", f"--model.base={tiny_base}", f"--data.source={short_chats}"]
+    args += ["--data.split=[18,2,0]", "--trainer.max_steps=2"]
+    assert main([*args, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["optimizer steps"] == 2
+    assert planned["peak memory in all"] == sum(planned["peak memory"].values())
+    assert planned["seconds of training"] is None
+    run = Path("runs/embedded")
+    run.mkdir(parents=True)
+    (run / "metrics.csv").write_text("step,tokens_per_second\n1,50.0\n2,200.0\n3,100.0\n")
+    assert main(args) == 0
+    shown = capsys.readouterr().out
+    assert "optimizer steps: 2" in shown
+    assert "training at" in shown
+    assert main([*args, "--model.target_modules=[nonsense]"]) == 2
+
+
+def test_known_speed_and_time() -> None:
+    assert known_speed([{"tokens_per_second": ""}]) is None
+    assert known_speed([{"tokens_per_second": "3.0"}, {"tokens_per_second": ""}]) == 3.0
+    from lightning_lab.experiments.plan import Work
+
+    planned = plan(llama_3_2("1B"), settings(), Work(10, 1000, 500, 100, 50), torch.device("cuda"), 20.0)
+    assert planned["seconds of training"] == 50.0
+    assert "program and libraries" not in planned["peak memory"]  # a GPU's memory holds no program
