@@ -159,6 +159,9 @@ def load_base(
     if missing:  # transformers would go on with random values
         raise LabError(f"model.base: {source} lacks {len(missing)} weights, e.g. {missing[0]}; use a complete model")
     model.requires_grad_(False)
+    if device.type == "cpu":
+        for weight in model.parameters():  # those that were not converted still map the whole file into memory
+            weight.data = weight.data.clone()
     model.config.use_cache = False
     model.name_or_path = model.config.name_or_path = locate(source)
     return model.train()
