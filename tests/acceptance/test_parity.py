@@ -19,7 +19,10 @@ from lightning_lab.models.base import locate
 from tests.acceptance.conftest import adapter, arguments, close, lab, largest_difference, train_column
 
 STEPS, BATCH, LR, R, ALPHA = 20, 3, 1e-3, 8, 16
-TINY_BOUNDS = (0.001, 0.1, 0.02)  # of Residuals; loss measured: 0.000135 without a fault, 0.0029 with alpha 5 % off
+# Of Residuals: mean loss residual, adapter distance, mean log ratio of the gradient norms. Measured without a fault and
+# with alpha 5 % off: 0.00014 and 0.0029 in the loss (tiny Llama); 0.0107 and 0.0157 in the loss, where rounding hides
+# it, but 0.0029 and 0.0416 in the gradient (SmolLM2; mean of means 0.133).
+TINY_BOUNDS = (0.001, 0.1, 0.02)
 BOUNDS = (0.05, 0.2, 0.02)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Example = tuple[list[int], list[int]]
