@@ -73,7 +73,9 @@ def hidden(model: Any, lengths: tuple[int, ...]) -> torch.Tensor:
 
 def gradients(model: Any, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    hidden(model, lengths).square().sum().backward()
+    out = hidden(model, lengths)
+    # not a sum of squares: the last norm makes that nearly constant, and its gradient mere rounding
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -87,14 +89,14 @@ def test_one_graph_for_all_lengths_and_the_same_gradients(folder: Path, bits: in
     for lengths in PACKED:
         ours, expected = gradients(compiled, lengths), gradients(eager, lengths)
         for name in expected:
-            torch.testing.assert_close(ours[name], expected[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-5)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs in (1, 2)  # the first layer's input needs no gradient
     assert not counters["graph_break"]
     qlora.evaluation_mode(compiled)
     with torch.no_grad():
         for lengths in PACKED:
-            torch.testing.assert_close(hidden(compiled, lengths), hidden(eager, lengths), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(hidden(compiled, lengths), hidden(eager, lengths), rtol=1e-5, atol=1e-5)
     assert counters["stats"]["unique_graphs"] <= graphs + 2
 
 
@@ -105,7 +107,7 @@ def test_inductor_gives_the_same_gradients(folder: Path) -> None:
     for lengths in PACKED:
         ours, expected = gradients(compiled, lengths), gradients(eager, lengths)
         for name in expected:
-            torch.testing.assert_close(ours[name], expected[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-5)
 
 
 def test_generation_runs_uncompiled(folder: Path) -> None:
