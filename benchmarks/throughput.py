@@ -327,9 +327,14 @@ def report(results: list[Result], spec: dict[str, Any], options: argparse.Namesp
     for result in measured:
         versions = ", ".join(f"{k} {v}" for k, v in result.repeats[0]["versions"].items())
         lines.append(f"{result.name}: {versions}; {result.repeats[0]['trainable']:,} trainable parameters.")
-    command = " ".join(["python", "benchmarks/throughput.py", *(a for a in sys.argv[1:] if "=/" not in a)])
-    lines += ["", f"Command (less the environments' paths): `{command}`"]
+    command = " ".join(["python", "benchmarks/throughput.py", *(_without_path(a) for a in sys.argv[1:])])
+    lines += ["", f"Command: `{command}`"]
     return "\n".join(lines) + "\n"
+
+
+def _without_path(argument: str) -> str:
+    name, separator, path = argument.partition("=")
+    return f"{name}=PATH" if separator and "/" in path else argument
 
 
 def main() -> None:
