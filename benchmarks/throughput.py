@@ -214,7 +214,22 @@ def run(name: str, repeat: int, spec: dict[str, Any], python: dict[str, str], op
     if status or not result.exists():
         lines = (folder / "log.txt").read_text().strip().splitlines()
         return f"failed: {lines[-1][:200] if lines else status}"
-    return json.loads(result.read_text())
+    reported = json.loads(result.read_text())
+    if not (spec | changes)["packing"]:
+        _count_tokens(reported["steps"], spec | changes, padded=environment != "lightning_lab")
+    return reported
+
+
+def _count_tokens(steps: list[dict[str, Any]], spec: dict[str, Any], padded: bool) -> None:
+    """Set each step's tokens from the specification: a worker's collator runs ahead of the step that it counts for.
+
+    Packing changes what a step holds, so there the worker's own counts stand, one micro-batch ahead.
+    """
+    for step, lengths, supervised in zip(steps, spec["lengths"], spec["supervised"], strict=True):
+        size = spec["micro_batch"]
+        groups = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+        step["tokens"], step["supervised_tokens"] = sum(lengths), supervised
+        step["padded_tokens"] = sum(len(group) * max(group) for group in groups) if padded else sum(lengths)
 
 
 def matrix_rate(dtype: torch.dtype, threads: int | None) -> float:
