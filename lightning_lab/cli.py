@@ -394,7 +394,7 @@ def _plan(cli: LabCLI) -> None:
 
     data, model, settings = cli.datamodule, cli.model, cli.settings
     config = load_config(model.base)
-    device = torch.device("cpu" if _accelerator(settings.trainer.accelerator) == "cpu" else "cuda")
+    device = torch.device("cuda" if torch.cuda.is_available() and settings.trainer.accelerator != "cpu" else "cpu")
     dtype = resolve_compute_dtype(model.compute_dtype_name, device)
     data.prepare(progress=not settings.json)
     earlier = newest_run(cli.name)
@@ -407,7 +407,8 @@ def _plan(cli: LabCLI) -> None:
             target_modules=model.target_modules,
             optimizer=model.optimizer_name,
             checkpointing=model.checkpointing,
-            fused_linear=model.fused_linear,
+            fused_linear=model.uses_fused_linear,
+            dora=model.dora,
         ),
         work_of(data, settings.trainer.max_epochs, settings.trainer.max_steps),
         device,

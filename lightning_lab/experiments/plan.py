@@ -37,7 +37,8 @@ class Settings:
         target_modules: Linear layers that get one.
         optimizer: ``adamw_8bit`` or ``adamw``.
         checkpointing: ``none`` or ``full``.
-        fused_linear: As ``model.fused_linear``.
+        fused_linear: Training runs through the fused linear.
+        dora: Adapters learn a magnitude for each output as well.
 
     """
 
@@ -48,6 +49,7 @@ class Settings:
     optimizer: str
     checkpointing: str
     fused_linear: bool = True
+    dora: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def trainable_parameters(config: LlamaConfig, r: int, target_modules: Sequence[str]) -> int:
-    """Parameters of LoRA adapters of rank ``r`` on the named linears of every layer.
+def trainable_parameters(config: LlamaConfig, r: int, target_modules: Sequence[str], dora: bool = False) -> int:
+    """Parameters of LoRA (or DoRA) adapters of rank ``r`` on the named linears of every layer.
 
     Raises:
         LabError: A name that is none of them.
@@ -97,7 +99,7 @@ def trainable_parameters(config: LlamaConfig, r: int, target_modules: Sequence[s
     unknown = [name for name in target_modules if name not in shapes]
     if unknown:
         raise LabError(f"model.target_modules: no layer of a Llama is {unknown[0]}; use some of {', '.join(shapes)}")
-    return config.num_hidden_layers * r * sum(sum(shapes[name]) for name in target_modules)
+    return config.num_hidden_layers * sum(r * sum(shapes[name]) + dora * shapes[name][1] for name in target_modules)
 
 
 def work_of(data: ChatDataModule, max_epochs: int | None, max_steps: int) -> Work:
@@ -141,7 +143,7 @@ def memory(config: LlamaConfig, settings: Settings, tokens: int, supervised: int
     # NF4: half a byte a weight; a one-byte scale for 64 weights; a float32 scale for 256 of those
     quantised = {4: linear // 2, 8: linear, 16: linear * c}[settings.bits]
     state = {4: linear // 64 + 4 * linear // (64 * 256), 8: 4 * linear // hidden, 16: 0}[settings.bits]
-    adapters = trainable_parameters(config, settings.r, settings.target_modules)
+    adapters = trainable_parameters(config, settings.r, settings.target_modules, settings.dora)
 
     width = config.num_attention_heads * config.head_dim
     narrow = config.num_key_value_heads * config.head_dim
@@ -221,7 +223,7 @@ def plan(
         "tokens": work.tokens,
         "supervised tokens": work.supervised_tokens,
         "tokens of the largest micro-batch": work.largest_tokens,
-        "trainable parameters": trainable_parameters(config, settings.r, settings.target_modules),
+        "trainable parameters": trainable_parameters(config, settings.r, settings.target_modules, settings.dora),
         "peak memory": parts,
         "peak memory in all": sum(parts.values()),
         "tokens per second, measured before": speed,

@@ -121,6 +121,11 @@ class QLoRAModule(pl.LightningModule):
             raise LabError(f"model.lr is {lr}; it must be above 0")
         if warmup_steps < 0:
             raise LabError(f"model.warmup_steps is {warmup_steps}; it must be at least 0")
+        if compile and not self.uses_fused_linear:
+            raise LabError(
+                "model.compile needs the fused linear: set model.fused_linear to true, model.bits to 4 or 16, "
+                "model.dropout to 0 and model.dora to false, or model.compile to false"
+            )
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise LabError(f"model.max_grad_norm is {max_grad_norm}; it must be above 0, or null for no clipping")
 
@@ -172,6 +177,11 @@ class QLoRAModule(pl.LightningModule):
         if self.compile_layers:
             compile_layers(self.model)
         self.model.train()
+
+    @property
+    def uses_fused_linear(self) -> bool:
+        """Whether training runs through the fused linear; PEFT's own layers take everything else."""
+        return self.fused_linear and self.bits != 8 and not self.dora and not self.dropout
 
     @property
     def peft_model(self) -> PeftModel:

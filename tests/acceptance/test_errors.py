@@ -79,6 +79,8 @@ def test_nothing_left_to_learn(tiny_args: list[str], capsys: pytest.CaptureFixtu
         (["--model.lrr=1"], "lrr"),
         (["--model.lr=fast"], "model.lr"),
         (["--model.bits=5"], "model.bits"),
+        (["--model.compile=true", "--model.fused_linear=false"], "model.compile needs the fused linear"),
+        (["--model.compile=true", "--model.dropout=0.1"], "model.compile needs the fused linear"),
         (["--model.r=0"], "model.r"),
         (["--model.lr=-1"], "model.lr"),
         (["--data.batch_size=0"], "data.batch_size"),

@@ -34,6 +34,14 @@ def test_trainable_parameters_of_llama_3_2(size: str, r: int, expected: int) -> 
     assert trainable_parameters(llama_3_2(size), r, ALL) == expected
 
 
+def test_dora_adds_a_magnitude_for_each_output(folder: Path) -> None:
+    model = qlora.add_adapters(
+        load_base(str(folder), bits=16, compute_dtype=torch.float32, device=CPU),
+        r=8, alpha=8, dropout=0.0, target_modules=ALL, rslora=False, dora=True, seed=1,
+    )  # fmt: skip
+    assert trainable_parameters(model.config, 8, ALL, dora=True) == qlora.count_trainable(model)
+
+
 def test_an_unknown_layer_is_named() -> None:
     with pytest.raises(LabError, match="query_proj"):
         trainable_parameters(llama_3_2("1B"), 8, ["query_proj"])

@@ -54,8 +54,7 @@ class Checkpoints(pl.Callback):
         module = _qlora(pl_module)
         best = self.directory / "best.ckpt"
         is_best = module.completed_steps and self.best_step == module.completed_steps
-        whole = best.exists() and _step_of(best) == self.best_step and (self.directory / "best").is_dir()
-        if is_best and not whole and trainer.is_global_zero:
+        if is_best and trainer.is_global_zero and not self._best_is_whole():
             self._export_best(module)
         trainer.strategy.barrier("best")
         if not best.exists():  # the best so far stayed in the other run
@@ -122,6 +121,10 @@ class Checkpoints(pl.Callback):
         trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
             os.replace(temporary, self.directory / "last.ckpt")
+
+    def _best_is_whole(self) -> bool:
+        best = self.directory / "best.ckpt"
+        return best.exists() and _step_of(best) == self.best_step and (self.directory / "best").is_dir()
 
     def _export_best(self, module: QLoRAModule) -> None:
         """Write ``best/``, then ``best.ckpt``: its step tells a resumed run whether both are done."""

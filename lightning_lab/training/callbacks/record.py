@@ -103,7 +103,7 @@ class RunRecord(pl.Callback):
         if self.checkpoint is not None and not in_place:  # another run's checkpoint: its first steps are this run's too
             for name in ("metrics.csv", "samples.md"):
                 earlier = self.checkpoint.parent.parent / name
-                if earlier.is_file():
+                if self.checkpoint.parent.name == "checkpoints" and earlier.is_file():  # else it lies in no run
                     write_text(self.run_dir / name, earlier.read_text())
             shutil.copyfile(self.checkpoint, self.run_dir / "checkpoints" / "last.ckpt")
         self.metrics.keep_until(pl_module.completed_steps)
