@@ -452,6 +452,8 @@ def _quieten() -> None:
     """Keep library chatter that says nothing about this run away from the screen; warnings about it stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # on CPUs with AVX512-BF16 its import warns that the optional package `kernels` is absent
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for pattern in (
         ".*does not have many workers.*",
         ".*LightningCLI's args parameter.*",

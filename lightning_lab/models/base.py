@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import sys
@@ -240,13 +239,11 @@ def _quantization(source: str, config: LlamaConfig, bits: int, compute_dtype: to
 
 
 def _quiet_libraries() -> None:
-    """Keep progress bars out of logs, and hints about optional packages out of both."""
+    """Keep progress bars out of logs."""
     from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    # On CPUs with AVX512-BF16 its import warns that the optional package `kernels` is absent.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 # --- folders: local, converted or downloaded ---
