@@ -8,18 +8,19 @@ The function is registered with transformers' ``AttentionInterface``, which is h
 (https://huggingface.co/docs/transformers/attention_interface). A name that has no entry in the mask interface gets no
 mask from transformers, which is what is wanted here.
 
-On GPUs with PyTorch's variable-length kernel one call serves all documents. On a CPU they are attended one by one,
-inside one operator that `torch.compile` does not look into, so that neither their number nor their lengths compile a
-layer anew.
+On GPUs with PyTorch's variable-length kernel one call serves all documents. On a CPU they are attended one by one
+(`cpu_attention`).
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lightning_lab.models.cpu_attention import cpu_document_attention
 
 DOCUMENT_ATTENTION = "lightning_lab_documents"
 
@@ -100,7 +101,7 @@ def document_attention(
     if document_borders is None:
         raise ValueError("document attention needs the documents' borders; generation uses sdpa instead")
     if query.device.type == "cpu":
-        return _cpu_attention(query, key, value, document_borders, scaling)[0], None
+        return cpu_document_attention(query, key, value, document_borders, scaling)[0], None
     return _sdpa_per_document(query, key, value, document_borders.diff().tolist(), scaling), None
 
 
@@ -124,88 +125,3 @@ def _sdpa_per_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scal
         for q_i, k_i, v_i in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2)
-
-
-@torch.library.custom_op("lightning_lab::cpu_document_attention", mutates_args=(), device_types="cpu")
-def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return ``[1, T, heads, head_dim]`` and the scores' log-sum-exp ``[1, heads, T]`` by PyTorch's flash kernel.
-
-    The kernel lets several heads share a key and takes strided input, so that nothing is copied but its output.
-    """
-    _, heads, tokens, width = q.shape
-    out = q.new_empty(1, tokens, heads, width)
-    logsumexp = q.new_empty(1, heads, tokens, dtype=_accumulation_dtype(q.dtype))
-    for document in _documents(borders):
-        q_i, k_i, v_i = (x[:, :, document] for x in (q, k, v))
-        out_i, logsumexp[:, :, document] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_i, k_i, v_i, 0.0, True, scale=scaling
-        )
-        out[:, document] = out_i.transpose(1, 2)
-    return out, logsumexp
-
-
-@_cpu_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    _, heads, tokens, width = q.shape
-    return q.new_empty(1, tokens, heads, width), q.new_empty(1, heads, tokens, dtype=_accumulation_dtype(q.dtype))
-
-
-@torch.library.custom_op("lightning_lab::cpu_document_attention_backward", mutates_args=(), device_types="cpu")
-def _cpu_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    borders: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    for document in _documents(borders):
-        pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[:, document].transpose(1, 2),
-            *(x[:, :, document] for x in (q, k, v)),
-            out[:, document].transpose(1, 2),
-            logsumexp[:, :, document],
-            0.0,
-            True,
-            scale=scaling,
-        )
-        for whole, piece in zip(grads, pieces, strict=True):
-            whole[:, :, document] = piece
-    return grads
-
-
-@_cpu_attention_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    borders: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, borders, ctx.scaling = inputs
-    ctx.save_for_backward(q, k, v, *output, borders)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_cpu_attention_backward(grad, *ctx.saved_tensors, ctx.scaling), None, None
-
-
-_cpu_attention.register_autograd(_backward, setup_context=_keep)
-
-
-def _documents(borders: Tensor) -> list[slice]:
-    return [slice(start, end) for start, end in pairwise(borders.tolist())]
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32

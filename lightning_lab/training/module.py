@@ -33,7 +33,6 @@ from lightning_lab.models.qlora import (
     evaluation_mode,
     load_adapter_state,
 )
-from lightning_lab.training.cpu import return_freed_memory
 from lightning_lab.training.evaluation import Evaluation, PerConversation
 
 if TYPE_CHECKING:
@@ -146,8 +145,6 @@ class QLoRAModule(pl.LightningModule):
         if self.model is not None:
             return
         device = self.trainer.strategy.root_device
-        if device.type == "cpu":
-            return_freed_memory()
         self.compute_dtype = resolve_compute_dtype(self.compute_dtype_name, device)
         self.varlen = has_varlen_kernel(device, self.compute_dtype)
         if self.compile_layers and device.type == "cuda" and not self.varlen:
