@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,18 @@ BACKENDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "unsloth": ("unsloth_sft.py", "unsloth", {}),
     "unsloth-packing": ("unsloth_sft.py", "unsloth", {"packing": True, "micro_batch": 1}),
     "unsloth-8x1": ("unsloth_sft.py", "unsloth", {"micro_batch": 8}),
+    "lightning_lab-compile": ("lab.py", "lightning_lab", {"set": ["model.compile=true"]}),
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {"base": "embedded", "source": "chitchat", "conversations": 400, "steps": 8, "checkpointing": "none"},
     "notebook-3b": {"base": "unsloth/Llama-3.2-3B-Instruct", "source": "mlabonne/FineTome-100k", "steps": 60},
     "notebook-1b": {"base": "unsloth/Llama-3.2-1B-Instruct", "source": "mlabonne/FineTome-100k", "steps": 60},
 }
+EVALUATIONS = 2  # the first warms up, the second counts
 # The lab's notebook as it was published with its output, not measured by this script.
 RECORDED = {
     "notebook-3b": "| Unsloth 2024.10.0 on a T4, fp16, as recorded in the lab's notebook (60 steps in 446.5 s) | | | | "
-    "7.44 | 6.531 GB reserved | | |"
+    "7.44 | 6.531 GB reserved | | | |"
 }
 
 
@@ -72,6 +75,12 @@ class Result:
         """Median seconds of a step after the first."""
         return statistics.median(s["seconds"] for r in self.repeats for s in r["steps"][1:])
 
+    @property
+    def evaluation(self) -> float | None:
+        """Median real tokens/s of the evaluation."""
+        seconds = [r["evaluation_seconds"] for r in self.repeats if r.get("evaluation_seconds")]
+        return self.repeats[0]["evaluation_tokens"] / statistics.median(seconds) if seconds else None
+
     def peak(self, key: str) -> float | None:
         """Most memory of any repeat, in MiB."""
         values = [r[key] for r in self.repeats if r.get(key) is not None]
@@ -89,6 +98,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--template", default=None, help="as data.template")
     parser.add_argument("--conversations", type=int, default=None, help="use the first this many")
     parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--evaluate", type=int, default=32, help="conversations to evaluate on afterwards; 0 for none")
+    parser.add_argument("--eval_batch", type=int, default=8, help="conversations a batch of the peers' evaluation")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--checkpointing", choices=["none", "full"], default=None)
     parser.add_argument("--compute_dtype", default="auto")
@@ -104,7 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=7200.0, help="seconds a run may take")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "throughput")
     options = parser.parse_args()
-    defaults = {"checkpointing": "full", "conversations": None} | PRESETS[options.preset]
+    defaults = {"checkpointing": "full", "conversations": 1000} | PRESETS[options.preset]
     for key, value in defaults.items():
         if getattr(options, key) is None:
             setattr(options, key, value)
@@ -115,10 +126,11 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """Tokenise once; write each step's conversations for the peers, and the arguments that make lightning_lab's."""
     template = options.template or ("tokenizer" if options.base == "embedded" else "llama-3.1")
     rows = options.conversations
+    split = [rows - max(1, options.evaluate), max(1, options.evaluate), 0]
     data = ChatDataModule(
         source=options.source,
         rows=rows,
-        split=[0.99, 0.01, 0.0],
+        split=split,
         tokenizer=options.base,
         template=template,
         max_length=options.max_length,
@@ -127,18 +139,17 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         micro_batch_tokens=options.micro_batch_tokens,
     )
     data.prepare(progress=True)
-    steps = []
-    for step in range(options.steps):
-        chosen = [int(data.splits["train"].rows[d]) for d in data.step_documents(step)]
-        steps.append(
-            [
-                {"input_ids": data.tokenized.input_ids(row).tolist(), "labels": data.tokenized.labels(row).tolist()}
-                for row in chosen
-            ]
-        )
+
+    def examples(rows: Iterable[int]) -> list[dict[str, list[int]]]:
+        tokenized = data.tokenized
+        return [{"input_ids": tokenized.input_ids(i).tolist(), "labels": tokenized.labels(i).tolist()} for i in rows]
+
+    train = data.splits["train"].rows
+    steps = [examples(int(train[d]) for d in data.step_documents(step)) for step in range(options.steps)]
+    evaluated = examples(map(int, data.splits["validation"].rows)) if options.evaluate else []
     options.out.mkdir(parents=True, exist_ok=True)
-    steps_file = (options.out / "steps.json").resolve()
-    steps_file.write_text(json.dumps(steps))
+    conversations = (options.out / "conversations.json").resolve()
+    conversations.write_text(json.dumps({"steps": steps, "evaluated": evaluated}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = str(resolve_compute_dtype(options.compute_dtype, device)).removeprefix("torch.")
     ours = {
@@ -149,23 +160,27 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         "model.alpha": options.r,
         "model.checkpointing": options.checkpointing,
         "data.source": options.source,
-        "data.rows": "null" if rows is None else rows,
-        "data.split": "[0.99,0.01,0.0]",
+        "data.rows": rows,
+        "data.split": str(split).replace(" ", ""),
         "data.template": template,
         "data.max_length": options.max_length,
         "data.on_bad_row": "drop",
         "data.batch_size": options.batch_size,
         "data.micro_batch_tokens": options.micro_batch_tokens,
         "trainer.max_steps": options.steps,
+        "val_every_steps": max(1, options.steps - 1) if options.evaluate else options.steps,  # EVALUATIONS in all
         "trainer.logger": "false",
         "samples": 0,
     }
     return {
         "base": locate(options.base),
-        "steps_file": str(steps_file),
+        "conversations_file": str(conversations),
         "steps": options.steps,
         "lengths": [[len(example["input_ids"]) for example in step] for step in steps],
         "supervised": [sum(label != -100 for e in step for label in e["labels"][1:]) for step in steps],
+        "evaluations": EVALUATIONS if options.evaluate else 0,
+        "evaluation_tokens": sum(len(example["input_ids"]) for example in evaluated),
+        "eval_batch": options.eval_batch,
         "batch_size": options.batch_size,
         "micro_batch": options.micro_batch,
         "max_length": options.max_length,
@@ -177,7 +192,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         "r": options.r,
         "alpha": options.r,
         "threads": options.threads,
-        "arguments": [f"--{key}={value}" for key, value in ours.items()] + [f"--{item}" for item in options.set],
+        "arguments": [f"--{key}={value}" for key, value in ours.items()],
+        "set": options.set,
     }
 
 
@@ -191,7 +207,8 @@ def run(name: str, repeat: int, spec: dict[str, Any], python: dict[str, str], op
     folder = (options.out / "raw" / f"{name}-{repeat}").resolve()
     subprocess.run(["rm", "-rf", str(folder)], check=True)
     folder.mkdir(parents=True)
-    (folder / "spec.json").write_text(json.dumps(spec | changes | {"folder": str(folder)}, indent=1))
+    spec = spec | changes | {"folder": str(folder), "set": spec["set"] + changes.get("set", [])}
+    (folder / "spec.json").write_text(json.dumps(spec, indent=1))
     result = folder / "result.json"
     command = [python[environment], str(HERE / "workers" / worker), str(folder / "spec.json"), str(result)]
     variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -215,9 +232,9 @@ def run(name: str, repeat: int, spec: dict[str, Any], python: dict[str, str], op
         lines = (folder / "log.txt").read_text().strip().splitlines()
         return f"failed: {lines[-1][:200] if lines else status}"
     reported = json.loads(result.read_text())
-    if not (spec | changes)["packing"]:
-        _count_tokens(reported["steps"], spec | changes, padded=environment != "lightning_lab")
-    return reported
+    if not spec["packing"]:
+        _count_tokens(reported["steps"], spec, padded=environment != "lightning_lab")
+    return reported | {"evaluation_tokens": spec["evaluation_tokens"]}
 
 
 def _count_tokens(steps: list[dict[str, Any]], spec: dict[str, Any], padded: bool) -> None:
@@ -277,12 +294,13 @@ def report(results: list[Result], spec: dict[str, Any], options: argparse.Namesp
     """The table, the losses side by side, and what it was measured with."""
     work = useful_operations(spec, options.base)
     lines = [
-        "| backend | real tok/s | supervised tok/s | with padding tok/s | s/step | peak MiB | MFU | first step s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| backend | real tok/s | supervised tok/s | with padding tok/s | s/step | peak MiB | MFU | first step s "
+        "| evaluation, real tok/s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for result in results:
         if result.reason:
-            lines.append(f"| {result.name} | {result.reason} | | | | | | |")
+            lines.append(f"| {result.name} | {result.reason} | | | | | | | |")
             continue
         tokens = sum(map(sum, spec["lengths"][1:]))
         done = [sum(s["tokens"] for s in r["steps"][1:]) for r in result.repeats]
@@ -298,7 +316,8 @@ def report(results: list[Result], spec: dict[str, Any], options: argparse.Namesp
         first = statistics.median(r["steps"][0]["seconds"] for r in result.repeats)
         lines.append(
             f"| {result.name} | {result.median('tokens'):,.1f} | {result.median('supervised_tokens'):,.1f} | "
-            f"{result.median('padded_tokens'):,.1f} | {result.seconds:.2f} | {memory} | {mfu:.1%} | {first:.2f} |"
+            f"{result.median('padded_tokens'):,.1f} | {result.seconds:.2f} | {memory} | {mfu:.1%} | {first:.2f} | "
+            f"{format(result.evaluation, ',.1f') if result.evaluation else ''} |"
         )
     if options.preset in RECORDED:
         lines.append(RECORDED[options.preset])
@@ -321,7 +340,9 @@ def report(results: list[Result], spec: dict[str, Any], options: argparse.Namesp
             if other is not ours:
                 speed = ours.overall("tokens") / other.overall("tokens")
                 memory_share = (ours.peak(key) or 0) / (other.peak(key) or 1)
-                lines.append(f"* {speed:.2f} times {other.name}, in {memory_share:.0%} of its memory")
+                evaluation = (ours.evaluation or 0) / (other.evaluation or 1)
+                also = f"; evaluation {evaluation:.2f} times" if evaluation else ""
+                lines.append(f"* {speed:.2f} times {other.name}, in {memory_share:.0%} of its memory{also}")
     lines += ["", "Losses:", "", "| step | " + " | ".join(r.name for r in measured) + " |"]
     lines.append("|---:|" + "---:|" * len(measured))
     for step in range(options.steps):
@@ -371,7 +392,7 @@ def main() -> None:
                 result.repeats.append(outcome)
     text = report(results, spec, options, max(rates))
     (options.out / "report.md").write_text(text)
-    record = {"spec": {k: v for k, v in spec.items() if k not in ("base", "steps_file")}, "matrix_rates": rates}
+    record = {"spec": {k: v for k, v in spec.items() if k not in ("base", "conversations_file")}, "matrix_rates": rates}
     record["results"] = {r.name: r.reason or r.repeats for r in results}
     (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     print(text)

@@ -78,38 +78,23 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         attn_implementation=spec["attention"],
     )
     tokenizer = AutoTokenizer.from_pretrained(spec["base"])
-    examples = [example for step in json.loads(Path(spec["steps_file"]).read_text()) for example in step]
+    train, evaluated = conversations(spec)
     measured = Measured()
     config = SFTConfig(
-        output_dir=str(Path(spec["folder"]) / "trl"),
-        per_device_train_batch_size=spec["micro_batch"],
-        gradient_accumulation_steps=spec["batch_size"] // spec["micro_batch"],
-        max_steps=spec["steps"],
-        learning_rate=spec["lr"],
-        warmup_steps=5,
-        lr_scheduler_type="linear",
-        optim="adamw_8bit",
-        weight_decay=0.01,
+        **trainer_arguments(spec),
         max_grad_norm=1.0,
-        seed=3407,
-        bf16=spec["compute_dtype"] == "bfloat16",
         fp16=spec["compute_dtype"] == "float16",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=spec["checkpointing"] == "full",
-        packing=spec["packing"],
-        max_length=spec["max_length"],
         train_sampling_strategy="sequential",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     set_seed(3407)  # the adapters' initial values are drawn next
     trainer = SFTTrainer(
         model=model,
         args=config,
-        train_dataset=Dataset.from_list(examples),
+        train_dataset=train,
+        eval_dataset=evaluated,
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=spec["r"],
@@ -121,21 +106,68 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         callbacks=[measured],
     )
     trainer.data_collator = CountingCollator(trainer.data_collator, measured)
-    trainer.train()
-    return summary(trainer, measured, "trl", "transformers", "peft", "bitsandbytes", "torch")
+    return summary(trainer, measured, spec, "trl", "transformers", "peft", "bitsandbytes", "torch")
 
 
-def summary(trainer: Any, measured: Measured, *packages: str) -> dict[str, Any]:
-    """What a worker reports."""
-    cuda = torch.cuda.is_available()
+def conversations(spec: dict[str, Any]) -> tuple[Dataset, Dataset | None]:
+    """The tokenised conversations to train and to evaluate on."""
+    given = json.loads(Path(spec["conversations_file"]).read_text())
+    train = Dataset.from_list([example for step in given["steps"] for example in step])
+    return train, Dataset.from_list(given["evaluated"]) if given["evaluated"] else None
+
+
+def trainer_arguments(spec: dict[str, Any]) -> dict[str, Any]:
+    """What every peer's trainer is given."""
     return {
+        "output_dir": str(Path(spec["folder"]) / "trainer"),
+        "per_device_train_batch_size": spec["micro_batch"],
+        "per_device_eval_batch_size": spec["eval_batch"],
+        "gradient_accumulation_steps": spec["batch_size"] // spec["micro_batch"],
+        "max_steps": spec["steps"],
+        "learning_rate": spec["lr"],
+        "warmup_steps": 5,
+        "lr_scheduler_type": "linear",
+        "optim": "adamw_8bit",
+        "weight_decay": 0.01,
+        "seed": 3407,
+        "bf16": spec["compute_dtype"] == "bfloat16",
+        "packing": spec["packing"],
+        "eval_packing": False,
+        "max_length": spec["max_length"],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def summary(trainer: Any, measured: Measured, spec: dict[str, Any], *packages: str) -> dict[str, Any]:
+    """Train, then evaluate as often as asked; what a worker reports."""
+    trainer.train()
+    cuda = torch.cuda.is_available()
+    trained = _memory(cuda)
+    seconds = None
+    for _ in range(spec["evaluations"]):
+        started = time.perf_counter()
+        trainer.evaluate()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    return {
+        **trained,
+        "evaluation_seconds": seconds,
         "steps": measured.steps,
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
-        "peak_reserved_mib": torch.cuda.max_memory_reserved() / 2**20 if cuda else None,
-        "peak_allocated_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name() if cuda else "cpu",
+    }
+
+
+def _memory(cuda: bool) -> dict[str, float | None]:
+    return {
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "peak_reserved_mib": torch.cuda.max_memory_reserved() / 2**20 if cuda else None,
+        "peak_allocated_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
     }
 
 

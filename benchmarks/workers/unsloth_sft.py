@@ -10,11 +10,10 @@ from typing import Any
 
 from unsloth import FastLanguageModel  # isort: skip  (before transformers and trl, as it asks for)
 import torch
-from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from trl_sft import CountingCollator, Measured, summary
+from trl_sft import CountingCollator, Measured, conversations, summary, trainer_arguments
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -36,41 +35,22 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         random_state=3407,
     )
     measured = Measured()
-    examples = [example for step in json.loads(Path(spec["steps_file"]).read_text()) for example in step]
+    train, evaluated = conversations(spec)
+    sequential = "train_sampling_strategy" in SFTConfig.__annotations__  # of newer versions
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list(examples),
+        train_dataset=train,
+        eval_dataset=evaluated,
         args=SFTConfig(
-            output_dir=str(Path(spec["folder"]) / "unsloth"),
-            per_device_train_batch_size=spec["micro_batch"],
-            gradient_accumulation_steps=spec["batch_size"] // spec["micro_batch"],
-            max_steps=spec["steps"],
-            learning_rate=spec["lr"],
-            warmup_steps=5,
-            lr_scheduler_type="linear",
-            optim="adamw_8bit",
-            weight_decay=0.01,
-            seed=3407,
-            bf16=spec["compute_dtype"] == "bfloat16",
+            **trainer_arguments(spec),
             fp16=spec["compute_dtype"] == "float16",
-            packing=spec["packing"],
-            max_length=spec["max_length"],
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **(
-                {"train_sampling_strategy": "sequential"}
-                if "train_sampling_strategy" in SFTConfig.__annotations__
-                else {}
-            ),
+            **({"train_sampling_strategy": "sequential"} if sequential else {}),
         ),
         callbacks=[measured],
     )
     trainer.data_collator = CountingCollator(trainer.data_collator, measured)
-    trainer.train()
-    return summary(trainer, measured, "unsloth", "trl", "transformers", "peft", "bitsandbytes", "torch")
+    return summary(trainer, measured, spec, "unsloth", "trl", "transformers", "peft", "bitsandbytes", "torch")
 
 
 if __name__ == "__main__":
