@@ -55,11 +55,12 @@ def test_tiny_llama_on_chitchat(tmp_path: Path, tiny_base: Path) -> None:
     assert_equal_runs(runs(tmp_path, (16_384, 2_048, 512), **CHITCHAT, **{"model.base": tiny_base}))
 
 
-def test_checkpointing_changes_nothing(tmp_path: Path, tiny_base: Path) -> None:
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_changes_nothing(tmp_path: Path, tiny_base: Path, mode: str) -> None:
     options = {**CHITCHAT, "data.max_length": 512, "data.on_bad_row": "drop", "model.base": tiny_base}
     (off,) = runs(tmp_path, (1_024,), **options)
     (tmp_path / "on").mkdir()
-    (on,) = runs(tmp_path / "on", (1_024,), **options, **{"model.checkpointing": "full"})
+    (on,) = runs(tmp_path / "on", (1_024,), **options, **{"model.checkpointing": mode})
     assert_equal_runs([off, on], steps=len(train_column(off, "train_loss")))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_lab.errors import LabError
 from lightning_lab.models import base, qlora
 
-from .conftest import CPU, tiny_config
+from .conftest import CPU, saved_bytes, tiny_config
 
 IDS = torch.tensor([[1, 9, 17, 25, 33, 41, 49, 2]])
 
@@ -252,9 +252,65 @@ def test_checkpointing_recomputes_and_changes_no_gradient(tiny):
     assert len(calls) == 1
 
 
+@pytest.fixture
+def four_layers():
+    """A random Llama of four layers in float32, with adapters."""
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return adapt(LlamaForCausalLM(tiny_config(num_hidden_layers=4)).requires_grad_(False).train())
+
+
+def host_memory(monkeypatch):
+    """Let ``offload`` use pageable memory, as there is no other without CUDA; returns the shapes of what it moves."""
+    from transformers import modeling_utils
+
+    moved = []
+
+    def save(pin_memory, device_type):
+        assert pin_memory
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (moved.append(tuple(tensor.shape)), tensor.clone())[1], lambda tensor: tensor
+        )
+
+    monkeypatch.setattr(modeling_utils, "save_on_cpu", save)
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("mode", "forward_passes"), [("none", 1111), ("selective", 2121), ("full", 2222), ("offload", 2222)]
+)
+def test_each_mode_recomputes_its_layers_and_gives_the_same_gradients(four_layers, monkeypatch, mode, forward_passes):
+    moved = host_memory(monkeypatch)
+    _, expected = train_once(four_layers)
+    calls = [0, 0, 0, 0]
+    for i, layer in enumerate(four_layers.get_base_model().model.layers):
+        layer.self_attn.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    qlora.enable_checkpointing(four_layers, mode)
+    _, gradients = train_once(four_layers)
+    assert calls == [int(digit) for digit in str(forward_passes)]
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=0, atol=1e-5)
+    # one hidden state a layer and nothing else: no weight, no rotary table
+    assert moved == ([(1, 8, 64)] * 4 if mode == "offload" else [])
+
+
+def test_each_mode_keeps_less_than_the_one_before(four_layers):
+    decoder, kept = four_layers.get_base_model().model, {}
+    for mode in ("none", "selective", "full"):
+        qlora.enable_checkpointing(four_layers, mode)
+        kept[mode] = saved_bytes(
+            four_layers, lambda: decoder(input_ids=IDS.repeat(1, 8), use_cache=False).last_hidden_state
+        )
+    assert kept["none"] > kept["selective"] > kept["full"]
+    # half of the layers keep everything; the rotary tables, which they share, are kept whole (3 %)
+    assert kept["selective"] - kept["full"] == pytest.approx((kept["none"] - kept["full"]) / 2, rel=0.05)
+
+
 def test_an_unknown_checkpointing_mode_is_refused(tiny):
-    with pytest.raises(LabError, match=r"model\.checkpointing"):
-        qlora.enable_checkpointing(tiny, "selective")
+    with pytest.raises(LabError, match=r"model\.checkpointing: 'half' is unknown; use none, selective, full, offload"):
+        qlora.enable_checkpointing(tiny, "half")
 
 
 def test_norms_and_embeddings_stay_as_they_were(tiny):
