@@ -381,6 +381,7 @@ def _preview(cli: LabCLI) -> None:
         data.tokenized,
         data.rows,
         data.tokenizer,
+        data.renderer,
         limit=settings.limit,
         indices=data.splits[split].all_rows if split else None,
         as_json=settings.json,

@@ -3,22 +3,25 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any, TextIO
 
 import numpy as np
 
-from lightning_lab.data.rendering import IGNORED
+from lightning_lab.data.conversation import parse_conversation
+from lightning_lab.data.rendering import IGNORED, Renderer
 from lightning_lab.data.sources import Rows
 from lightning_lab.data.tokenized import TokenizedRows
 
 _NAMED_ROWS = 20  # of a long list; the rest is counted
+_BATCH_ROWS = 256  # tokenised at once
 
 
 def preview(
     tokenized: TokenizedRows,
     rows: Rows,
     tokenizer: Any,
+    renderer: Renderer,
     *,
     limit: int = 3,
     indices: Sequence[int] | None = None,
@@ -32,8 +35,9 @@ def preview(
 
     Args:
         tokenized: the tokens.
-        rows: where they come from, to name dropped rows.
+        rows: where they come from.
         tokenizer: turns ids back to text.
+        renderer: what tokenised them; counts the rows that come out otherwise without cuts at the answers.
         limit: conversations to print; dropped rows are skipped.
         indices: rows to look at, such as those of a split; all by default.
         as_json: print only the conversations, one object a line: ``row``, ``input_ids``, ``labels`` (-100 where
@@ -66,7 +70,7 @@ def preview(
             else:
                 text.append(f"⟦{piece}⟧" if learned else piece)
         console.print(text)
-    for line in _summary(tokenized, rows, indices, packing or {}):
+    for line in _summary(tokenized, rows, renderer, indices, packing or {}):
         console.print(line)
 
 
@@ -85,10 +89,20 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     return text
 
 
-def _summary(tokenized: TokenizedRows, rows: Rows, indices: Sequence[int], packing: Mapping[str, Any]) -> Iterator[str]:
+def _boundary_shifted(rows: Rows, kept: Sequence[int], renderer: Renderer) -> Iterator[int]:
+    """Tokenise the kept rows without cuts; not done before, as nothing but this count needs it."""
+    for first in range(0, len(kept), _BATCH_ROWS):
+        batch = kept[first : first + _BATCH_ROWS]
+        yield from compress(batch, renderer.boundary_shifts([parse_conversation(rows.rows[i]) for i in batch]))
+
+
+def _summary(
+    tokenized: TokenizedRows, rows: Rows, renderer: Renderer, indices: Sequence[int], packing: Mapping[str, Any]
+) -> Iterator[str]:
     chosen = set(indices)
     dropped = [index for index in tokenized.dropped if index in chosen]
-    lengths = tokenized.lengths[[index for index in indices if index not in tokenized.dropped]]
+    kept = [int(index) for index in indices if index not in tokenized.dropped]
+    lengths = tokenized.lengths[kept]
     tokens, supervised = int(lengths.sum()), int(tokenized.supervised[list(indices)].sum())
     share = 100 * supervised / tokens if tokens else 0.0
     yield f"{len(chosen)} rows of {rows.name}: {len(lengths)} kept, {len(dropped)} dropped"
@@ -99,10 +113,9 @@ def _summary(tokenized: TokenizedRows, rows: Rows, indices: Sequence[int], packi
         percentiles = ", ".join(f"p{point} {value}" for point, value in zip(points, values, strict=True))
         yield f"tokens a row: mean {lengths.mean():.1f}, {percentiles}"
     for title, found in (
-        ("cut at max_length", tokenized.truncated),
-        ("tokenised otherwise without cuts at the answers", tokenized.boundary_shifted),
+        ("cut at max_length", [index for index in tokenized.truncated if index in chosen]),
+        ("tokenised otherwise without cuts at the answers", sorted(_boundary_shifted(rows, kept, renderer))),
     ):
-        found = [index for index in found if index in chosen]
         named = f": rows {', '.join(map(str, found[:_NAMED_ROWS]))}" if found else ""
         yield f"{len(found)} {title}{named}{_more(found)}"
     for index in dropped[:_NAMED_ROWS]:

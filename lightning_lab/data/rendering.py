@@ -8,12 +8,15 @@ cannot pass for it.
 
 import hashlib
 import json
+import math
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
-from itertools import islice, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -25,6 +28,7 @@ Mask = Literal["assistant", "unsloth-2024"]
 Truncation = Literal["tokens", "turns", "drop", "error"]
 Span = tuple[int, int]
 
+_BATCHES_AHEAD = 2  # in the tokenizer, so that it need not wait for the next one; more is no faster
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 # Put before every template: one that asks for today gets the day of the template it was published with, so that token
@@ -58,18 +62,24 @@ class Encoded:
 
     Attributes:
         input_ids: token ids, at most ``max_length``.
-        labels: the same ids where they are learned, -100 elsewhere; not shifted.
+        learned: [start, end) of each run of tokens that are learned, in order; runs are not empty and do not touch.
         text: the whole rendered text, before truncation.
-        boundary_shift: tokenising the text without cuts at the spans would give other ids.
         truncated: tokens were cut off.
 
     """
 
     input_ids: list[int]
-    labels: list[int]
+    learned: list[Span]
     text: str
-    boundary_shift: bool
     truncated: bool
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids where they are learned, -100 elsewhere; not shifted."""
+        labels = [IGNORED] * len(self.input_ids)
+        for start, end in self.learned:
+            labels[start:end] = self.input_ids[start:end]
+        return labels
 
 
 class RowTooLongError(RowError):
@@ -189,15 +199,45 @@ class Renderer:
             raise result
         return result
 
-    def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded | RowError]:
-        """Encode many conversations at once, in order; an item is the error that `encode` would raise."""
-        plans: list[_Plan | RowError] = []
-        for conversation in conversations:
-            try:
-                plans.append(self._plan(self.render(conversation)))
-            except RowError as error:
-                plans.append(error)
-        ids = self._encode_plain(plan for plan in plans if isinstance(plan, _Plan))
+    def encode_batch(self, conversations: Sequence[Conversation | RowError]) -> list[Encoded | RowError]:
+        """Encode many conversations at once, in order.
+
+        An item of the result is the error that `encode` would raise; an error among the conversations stays in place.
+        """
+        (results,) = self.encode_batches([conversations])
+        return results
+
+    def encode_batches(
+        self, batches: Iterable[Sequence[Conversation | RowError]]
+    ) -> Iterator[list[Encoded | RowError]]:
+        """Encode batch after batch as `encode_batch` does: while the tokenizer has one, the next ones are rendered.
+
+        The tokenizer uses all cores and frees the interpreter meanwhile. All else is done by the caller's thread:
+        several would take turns within their batches, finish together, and leave the tokenizer with nothing to do.
+        """
+        waiting: deque[tuple[list[_Plan | RowError], list[_Plain], Future[list[Any]]]] = deque()
+        with ThreadPoolExecutor(max(1, _BATCHES_AHEAD)) as tokenizing:
+            for conversations in batches:
+                plans = [self._try_plan(conversation) for conversation in conversations]
+                made = [plan for plan in plans if isinstance(plan, _Plan)]
+                likely = chain.from_iterable(plan.likely_parts(self._needed_tokens()) for plan in made)
+                plain = _plain_parts(likely)
+                waiting.append((plans, plain, tokenizing.submit(self._tokenize, plain)))
+                if len(waiting) > _BATCHES_AHEAD:
+                    yield self._finish(*waiting.popleft())
+            while waiting:
+                yield self._finish(*waiting.popleft())
+
+    def _try_plan(self, conversation: Conversation | RowError) -> "_Plan | RowError":
+        try:
+            return self._plan(self.render(conversation)) if isinstance(conversation, Conversation) else conversation
+        except RowError as error:
+            return error
+
+    def _finish(
+        self, plans: "list[_Plan | RowError]", plain: "list[_Plain]", encodings: "Future[list[Any]]"
+    ) -> list[Encoded | RowError]:
+        ids = self._ids(plain, encodings.result())
         results: list[Encoded | RowError] = []
         for plan in plans:
             try:
@@ -205,6 +245,24 @@ class Renderer:
             except RowError as error:
                 results.append(error)
         return results
+
+    def boundary_shifts(self, conversations: Sequence[Conversation]) -> list[bool]:
+        """Say of each conversation whether tokenising its text without cuts at the spans would give other ids.
+
+        The whole text is compared, what `encode` would truncate too.
+
+        Raises:
+            RowError: see `render`.
+
+        """
+        plans = [self._plan(self.render(conversation)) for conversation in conversations]
+        # Only what a cut goes through can differ: control tokens end a text anyway.
+        cut = [[(plan.parts[first:last], whole) for first, last, whole in plan.uncut] for plan in plans]
+        ids = self._encode_parts(part for stretches in cut for parts, whole in stretches for part in (*parts, whole))
+        return [
+            any(ids[whole] != list(chain.from_iterable(ids[part] for part in parts)) for parts, whole in stretches)
+            for stretches in cut
+        ]
 
     def encode_prompt(self, messages: Conversation | Sequence[Message]) -> list[int]:
         """Tokenise the messages before an answer, and the header that opens it; nothing is truncated.
@@ -218,8 +276,8 @@ class Renderer:
         """
         turns = messages.messages if isinstance(messages, Conversation) else tuple(messages)
         plan = self._plan(self._render(turns, add_generation_prompt=True))
-        ids = self._encode_plain([plan])
-        return [token for part in plan.parts for token in (ids[part] if isinstance(part, _Plain) else (part,))]
+        ids = self._encode_parts(plan.parts)
+        return list(chain.from_iterable(ids[part] for part in plan.parts))
 
     # --- the template
 
@@ -246,8 +304,9 @@ class Renderer:
         """
         kept = {i: m.content for i, m in enumerate(messages) if keep_blank and not m.content.strip()}
         key = (tuple(message.role for message in messages), add_generation_prompt, tuple(kept.items()))
-        if key in self._skeletons:
-            return self._skeletons[key]
+        known = self._skeletons.get(key)
+        if known is not None:
+            return known
         # Private-use characters: no template takes them for whitespace or markup.
         contents = [kept.get(i, f"\ue000{i}\ue001") for i in range(len(messages))]
         parts = re.split("\ue000([0-9]+)\ue001", self._apply_template(messages, contents, add_generation_prompt))
@@ -258,7 +317,7 @@ class Renderer:
                     f"the chat template does not write turn {i + 1} ({message.role}) exactly once, as given; "
                     "use another data.template"
                 )
-        if len(self._skeletons) == 4096:  # bounds the memory that a data set of many shapes takes
+        if len(self._skeletons) >= 4096:  # bounds the memory that a data set of many shapes takes
             self._skeletons.clear()
         self._skeletons[key] = skeleton
         return skeleton
@@ -296,45 +355,51 @@ class Renderer:
         tokens = [match for gap in parsed for match in self._control_pattern.finditer(text, *gap)]
 
         plan = _Plan(rendered)
-        span = 0
+        parts, span_of = plan.parts, plan.span_of
+        position = edge = span = 0
 
-        def before_answer(position: int) -> int:
-            """Return where the whitespace begins that the template wrote right before an answer."""
-            content = bisect_left(rendered.contents, (position, position))
-            literal_start = rendered.contents[content - 1][1] if content else 0
-            return literal_start + len(text[literal_start:position].rstrip())
-
-        def add(part: _Plain | int, position: int) -> None:
+        def span_at(position: int) -> int | None:
+            """Return the span that a part at ``position`` belongs to, which only moves forward."""
             nonlocal span
             while span < len(spans) and spans[span][1] <= position:
                 span += 1
-            learned = span < len(spans) and spans[span][0] <= position
-            if learned and spans[span][0] == position and self.mask == "unsloth-2024":
-                header_end = before_answer(position)
-                plan.headers[len(plan.parts)] = self._part(text, header_end, position, cut=True)
-            plan.parts.append(part)
-            plan.span_of.append(span if learned else None)
+            if span == len(spans) or position < spans[span][0]:
+                return None
+            if position == spans[span][0] and self.mask == "unsloth-2024":
+                header_end = self._before_answer(rendered, position)
+                plan.headers[len(parts)] = self._part(text, header_end, position, cut=True)
+            return span
 
-        def add_plain(start: int, end: int) -> None:
-            cuts = [start, *edges[bisect_right(edges, start) : bisect_left(edges, end)], end]
-            if len(cuts) > 2:
-                plan.uncut.append((len(plan.parts), len(cuts) - 1, self._part(text, start, end, cut=False)))
-            for a, b in pairwise(cuts):
-                add(self._part(text, a, b, cut=a > start), a)
-
-        position = 0
-        for match in tokens:
-            if position < match.start():
-                add_plain(position, match.start())
-            add(self._control_ids.get(match.group()) or self._control_ids[match.group().strip()], match.start())
-            position = match.end()
-        if position < len(text):
-            add_plain(position, len(text))
+        for match in (*tokens, None):
+            begin = position
+            first = len(parts)
+            end = match.start() if match else len(text)
+            while position < end:
+                while edges[edge] <= position:
+                    edge += 1
+                cut = min(edges[edge], end)
+                span_of.append(span_at(position))
+                parts.append(self._part(text, position, cut, cut=position > begin))
+                position = cut
+            if len(parts) > first + 1:
+                plan.uncut.append((first, len(parts), self._part(text, begin, end, cut=False)))
+            if match:
+                token = match.group()
+                span_of.append(span_at(position))
+                parts.append(self._control_ids.get(token) or self._control_ids[token.strip()])
+                position = match.end()
         return plan
 
+    def _before_answer(self, rendered: Rendered, position: int) -> int:
+        """Return where the whitespace begins that the template wrote right before an answer."""
+        content = bisect_left(rendered.contents, (position, position))
+        literal_start = rendered.contents[content - 1][1] if content else 0
+        return literal_start + len(rendered.text[literal_start:position].rstrip())
+
     def _part(self, text: str, start: int, end: int, cut: bool) -> "_Plain":
-        continues = self._adds_prefix and (cut or (start > 0 and not self._prefix_after_token))
-        return _Plain(text[start:end], continues)
+        if self._adds_prefix and (cut or (start > 0 and not self._prefix_after_token)):
+            return _Continued(text[start:end])
+        return text[start:end]
 
     def _probe_prefix(self) -> None:
         """Find out whether the tokenizer puts a space before the text, as SentencePiece does, and after tokens too."""
@@ -348,39 +413,55 @@ class Renderer:
         token = next(iter(self._control_ids), "")
         self._prefix_after_token = ids(f"{token}x")[1:] == ids("x")
 
-    def _encode_plain(self, plans: "Iterable[_Plan]") -> "dict[_Plain, list[int]]":
-        """Tokenise each distinct plain part once, in one parallel call."""
-        wanted: dict[_Plain, None] = {}
-        for plan in plans:
-            wanted.update((part, None) for part in plan.parts if isinstance(part, _Plain))
-            wanted.update((part, None) for part in plan.headers.values())
-            wanted.update((part, None) for _, _, part in plan.uncut)
-        # A part that continues a text is encoded after a newline, which takes the prefix space and is cut off again.
-        texts = [f"\n{part.text}" if part.continues else part.text for part in wanted]
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return {
-            part: encoding.ids[self._newline :] if part.continues else encoding.ids
-            for part, encoding in zip(wanted, encodings, strict=True)
-        }
+    def _encode_parts(self, parts: "Iterable[_Plain | int]") -> "_Ids":
+        plain = _plain_parts(parts)
+        return self._ids(plain, self._tokenize(plain))
 
-    def _assemble(self, plan: "_Plan", plain_ids: "dict[_Plain, list[int]]") -> Encoded:
-        pieces = [plain_ids[part] if isinstance(part, _Plain) else [part] for part in plan.parts]
-        ids: list[int] = []
-        labels: list[int] = []
-        answer_ends: dict[int, int] = {}  # in tokens
-        for number, (piece, span) in enumerate(zip(pieces, plan.span_of, strict=True)):
-            if number in plan.headers:
-                header = plain_ids[plan.headers[number]]
-                if header and ids[-len(header) :] == header:
-                    labels[-len(header) :] = header
-            ids += piece
-            labels += [IGNORED] * len(piece) if span is None else piece
-            if span is not None:
-                answer_ends[span] = len(ids)
-        shift = any(
-            plain_ids[whole] != [token for piece in pieces[first : first + count] for token in piece]
-            for first, count, whole in plan.uncut
+    def _tokenize(self, plain: "list[_Plain]") -> list[Any]:
+        # A part that continues a text is encoded after a newline, which takes the prefix space and is cut off again.
+        texts = [part if isinstance(part, str) else f"\n{part.text}" for part in plain]
+        encodings: list[Any] = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return encodings
+
+    def _ids(self, plain: "list[_Plain]", encodings: list[Any]) -> "_Ids":
+        return _Ids(
+            (part, encoding.ids if isinstance(part, str) else encoding.ids[self._newline :])
+            for part, encoding in zip(plain, encodings, strict=True)
         )
+
+    def _needed_tokens(self) -> float:
+        """Return after how many tokens the rest of a row changes nothing but the count in a message."""
+        if self.max_length is None or self.truncation in ("drop", "error"):
+            return math.inf
+        return self.max_length
+
+    def _assemble(self, plan: "_Plan", ids_of: "_Ids") -> Encoded:
+        ids: list[int] = []
+        learned: list[Span] = []
+        answer_ends: dict[int, int] = {}  # in tokens
+
+        def learn(start: int, end: int) -> None:
+            if learned and learned[-1][1] >= start:
+                learned[-1] = learned[-1][0], end
+            elif start < end:
+                learned.append((start, end))
+
+        done = 0  # parts
+        for part, span in zip(plan.parts, plan.span_of, strict=True):
+            start = len(ids)
+            if start > self._needed_tokens():
+                break
+            if not (isinstance(part, int) or part in ids_of):
+                ids_of.update(self._encode_parts(plan.parts[done:]))
+            if done in plan.headers:
+                header = ids_of[plan.headers[done]]
+                if header and ids[-len(header) :] == header:
+                    learn(start - len(header), start)
+            ids += ids_of[part]
+            if span is not None:
+                learn(start, len(ids))
+                answer_ends[span] = len(ids)
+            done += 1
         length = len(ids)
         truncated = self.max_length is not None and length > self.max_length
         if truncated:
@@ -390,17 +471,21 @@ class Renderer:
             keep = self.max_length
             if self.truncation == "turns":
                 keep = max((end for end in answer_ends.values() if end <= keep), default=0)
-            del ids[keep:], labels[keep:]
+            del ids[keep:]
+            learned = [(start, min(end, keep)) for start, end in learned if start < keep]
         # The first token has nothing before it to be predicted from.
-        if all(label == IGNORED for label in islice(labels, 1, None)):
+        if not learned or learned[-1][1] <= 1:
             if truncated:
                 verb = "ends" if self.truncation == "turns" else "begins"
+                rest = plan.parts[done:]
+                rest_ids = self._encode_parts(rest)
+                length += sum(len(rest_ids[part]) for part in rest)
                 raise RowError(
                     f"nothing left to learn: no answer {verb} within data.max_length {self.max_length} "
                     f"(the row has {length} tokens)"
                 )
             raise RowError("nothing left to learn: its answers are empty and the template writes no end-of-turn token")
-        return Encoded(ids, labels, plan.rendered.text, shift, truncated)
+        return Encoded(ids, learned, plan.rendered.text, truncated)
 
 
 _LLAMA_TOKENS = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
@@ -414,11 +499,27 @@ class _Skeleton:
     order: tuple[int, ...]
 
 
-class _Plain(NamedTuple):
-    """Text to tokenise without control tokens; ``continues`` says that no prefix space may be added to it."""
+class _Continued(NamedTuple):
+    """Plain text that continues another, so that no prefix space may be added to it."""
 
     text: str
-    continues: bool
+
+
+_Plain = str | _Continued  # text to tokenise without control tokens
+
+
+class _Ids(dict["_Plain | int", list[int]]):
+    """Token ids of plain parts; the id of a control token stands for itself."""
+
+    def __missing__(self, part: _Plain | int) -> list[int]:
+        if not isinstance(part, int):
+            raise KeyError(part)
+        return [part]
+
+
+def _plain_parts(parts: Iterable[_Plain | int]) -> list[_Plain]:
+    """Return each distinct part that must be tokenised, in the order of their first places."""
+    return [part for part in dict.fromkeys(parts) if not isinstance(part, int)]
 
 
 @dataclass(frozen=True)
@@ -429,7 +530,15 @@ class _Plan:
     parts: list[_Plain | int] = field(default_factory=list)  # plain text, or a control token's id
     span_of: list[int | None] = field(default_factory=list)  # of each part
     headers: dict[int, _Plain] = field(default_factory=dict)  # part that begins an answer -> whitespace before it
-    uncut: list[tuple[int, int, _Plain]] = field(default_factory=list)  # first part, number of parts, all in one
+    uncut: list[tuple[int, int, _Plain]] = field(default_factory=list)  # [first, last) parts, all in one
+
+    def likely_parts(self, tokens: float) -> Iterator[_Plain | int]:
+        """Yield the parts that the row's first tokens are likely to come from: English chat has 4 characters a token.
+
+        Most of a long row is cut off, and need not be tokenised.
+        """
+        share = min(1.0, 5 * tokens / max(1, len(self.rendered.text)))
+        return chain(self.parts[: math.ceil(share * len(self.parts))], self.headers.values())
 
 
 def _place(text: str, skeleton: _Skeleton, messages: Sequence[Message]) -> tuple[Span, ...] | None:
@@ -448,12 +557,21 @@ def _place(text: str, skeleton: _Skeleton, messages: Sequence[Message]) -> tuple
         yield json.dumps(content, ensure_ascii=False)[1:-1]
 
     first = skeleton.literals[0]
-    if not text.startswith(first):
-        return None
-    if not skeleton.order:
-        return () if text == first else None
-    stack = [(len(first), candidates(0))]
+    # Nearly always every content stands there as it is, which is also what the walk tries first.
+    verbatim = [first]
     places: list[Span] = []
+    end = len(first)
+    for number, literal in zip(skeleton.order, skeleton.literals[1:], strict=True):
+        content = messages[number].content
+        verbatim += content, literal
+        places.append((end, end + len(content)))
+        end += len(content) + len(literal)
+    if "".join(verbatim) == text:
+        return tuple(places)
+    if not skeleton.order or not text.startswith(first):
+        return None
+    places.clear()
+    stack = [(len(first), candidates(0))]
     dead: set[Span] = set()  # (number, position) known to lead nowhere: bounds the walk
     while stack:
         number = len(stack) - 1

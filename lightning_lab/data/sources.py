@@ -1,9 +1,11 @@
 """A data source named in the config -> rows, in a fixed order, each with a place to name in errors."""
 
+import codecs
 import hashlib
 import importlib.util
 import json
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ class Rows:
     """Rows of one source.
 
     Attributes:
-        rows: mappings, or `UnreadableRow` where a row could not be read; read lazily where the format allows.
+        rows: mappings, or `UnreadableRow` where a row could not be read. JSON Lines and Hub data sets stay on disk
+            and are read row by row; Parquet is held as an Arrow table, a JSON list as Python objects.
         name: what to call the source in messages.
         fingerprint: changes whenever the rows do.
         lines: for JSON Lines, each row's line number counted from 1.
@@ -56,8 +59,8 @@ def load_rows(source: str, limit: int | None = None) -> Rows:
         raise LabError(f"data.rows is {limit}; it must be at least 1")
     path = Path(source).expanduser()
     if source == "embedded":
-        content = _read(_package_file("zaragoza_construction_faq", "data/faq-en-sharegpt.jsonl", "1.2.1"), source)
-        rows = _json_lines(content, source, limit)
+        faq = _package_file("zaragoza_construction_faq", "data/faq-en-sharegpt.jsonl", "1.2.1")
+        rows = _json_lines(faq, source, limit)
     elif source == "chitchat":
         rows = _chitchat(_read(_package_file("chitchat_dataset", "dataset.json", "0.9.0"), source), limit)
     elif path.suffix in _SUFFIXES or path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -95,11 +98,11 @@ def _local_file(path: Path, name: str, limit: int | None) -> Rows:
         raise LabError(f"{name}: data.source must be a {', '.join(_SUFFIXES)} file, an id owner/name, or embedded")
     if path.suffix == ".parquet":
         return _parquet(path, name, limit)
-    content = _read(path, name)
     if path.suffix == ".jsonl":
-        return _json_lines(content, name, limit)
+        return _json_lines(path, name, limit)
+    content = _read(path, name)
     try:
-        rows = json.loads(_decode(content, name))
+        rows = json.loads(_decode(content.removeprefix(codecs.BOM_UTF8), name, 1))
     except (ValueError, RecursionError) as error:
         raise LabError(f"{name} is not JSON: {error}; name it .jsonl if it holds one object a line") from None
     if not isinstance(rows, list):
@@ -108,18 +111,37 @@ def _local_file(path: Path, name: str, limit: int | None) -> Rows:
     return Rows(rows, name, _content_fingerprint(content, len(rows)))
 
 
-def _json_lines(content: bytes, name: str, limit: int | None) -> Rows:
-    # Only "\n" ends a line: JSON text may hold U+2028 and its like, at which str.splitlines would cut.
-    lines = _decode(content, name).split("\n")
-    numbers = [number for number, line in enumerate(lines, start=1) if line.strip()][:limit]
+def _json_lines(path: Path, name: str, limit: int | None) -> Rows:
+    """Note where each row stands in the file; the rows themselves are read when they are asked for."""
+    starts, ends, numbers = array("q"), array("q"), array("q")
+    digest = hashlib.sha256()
+    position = 0
+    try:
+        with path.open("rb") as file:
+            # Only "\n" ends a line: JSON text may hold U+2028 and its like, at which str.splitlines would cut.
+            for number, line in enumerate(file, start=1):
+                digest.update(line)
+                mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+                if _decode(line[mark:], name, number).strip() and (limit is None or len(starts) < limit):
+                    starts.append(position + mark)
+                    ends.append(position + len(line) - line.endswith(b"\n"))
+                    numbers.append(number)
+                position += len(line)
+    except OSError as error:
+        raise LabError(f"{name} cannot be read: {error.strerror}") from None
 
     def row(index: int) -> Any:
         try:
-            return json.loads(lines[numbers[index] - 1])
+            # Not mapped: a file that is cut short meanwhile would end the process.
+            with path.open("rb", buffering=0) as file:
+                file.seek(starts[index])
+                return json.loads(file.read(ends[index] - starts[index]).decode())
+        except OSError as error:
+            raise LabError(f"{name} cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             return UnreadableRow(f"the line is not JSON ({error})")
 
-    return Rows(_LazyRows(len(numbers), row), name, _content_fingerprint(content, len(numbers)), numbers)
+    return Rows(_LazyRows(len(starts), row), name, f"{digest.hexdigest()}:{len(starts)}", numbers)
 
 
 def _parquet(path: Path, name: str, limit: int | None) -> Rows:
@@ -214,11 +236,11 @@ def _read(path: Path, name: str) -> bytes:
         raise LabError(f"{name} cannot be read: {error.strerror}") from None
 
 
-def _decode(content: bytes, name: str) -> str:
+def _decode(content: bytes, name: str, first_line: int) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return content.decode()
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + first_line
         raise LabError(f"{name} line {line} is not UTF-8 ({error.reason}); convert the file to UTF-8") from None
 
 

@@ -1,11 +1,13 @@
 """Rows -> tokens and labels, made once and then memory-mapped from an Arrow file in the cache."""
 
+import gc
 import hashlib
 import os
 import sys
 import time
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -21,15 +23,14 @@ from lightning_lab.errors import LabError
 OnBadRow = Literal["error", "drop"]
 
 # Part of the cache key: raise it whenever the columns, or what parsing or rendering makes of the same input, change.
-_FORMAT = 1
-_BATCH_ROWS = 256  # bounds the memory of preparation; more is no faster
+_FORMAT = 2
+_BATCH_ROWS = 128  # bounds the memory of preparation; more is no faster
 _SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         # Labels as [start, end) pairs of tokens: half the file that a second column of ids would make.
         "learned": pa.list_(pa.int32()),
         "truncated": pa.bool_(),
-        "boundary_shift": pa.bool_(),
         "reason": pa.string(),  # why the row is dropped; null for the others
         "too_long": pa.bool_(),
     }
@@ -44,7 +45,6 @@ class TokenizedRows:
         supervised: int64 [rows], labels of each row that can be predicted: those after the first token.
         dropped: index of each dropped row -> reason.
         truncated: indices of rows that were cut at ``max_length``.
-        boundary_shifted: indices of rows whose ids differ from those of the text tokenised without cuts.
         fingerprint: of the rows, the renderer and the file's format.
 
     """
@@ -73,7 +73,6 @@ class TokenizedRows:
         reasons = table.column("reason").to_pylist()
         self.dropped = {i: reason for i, reason in enumerate(reasons) if reason is not None}
         self.truncated = np.flatnonzero(table.column("truncated").to_numpy()).tolist()
-        self.boundary_shifted = np.flatnonzero(table.column("boundary_shift").to_numpy()).tolist()
         self._too_long = set(np.flatnonzero(table.column("too_long").to_numpy()).tolist())
 
     def __len__(self) -> int:
@@ -155,54 +154,57 @@ def _write(path: Path, rows: Rows, renderer: Renderer, on_bad_row: OnBadRow, pro
             pa.ipc.new_file(file, _SCHEMA) as writer,
             _Progress(len(rows), progress) as report,
         ):
-            for start in range(0, len(rows), _BATCH_ROWS):
-                indices = range(start, min(start + _BATCH_ROWS, len(rows)))
-                results = list(_encode([rows.rows[index] for index in indices], renderer))
-                for index, result in zip(indices, results, strict=True):
-                    if isinstance(result, RowError):
-                        too_long = isinstance(result, RowTooLongError)
-                        _raise_if_fatal(rows, index, str(result), too_long, renderer, on_bad_row)
-                batch = pa.RecordBatch.from_pylist([_record(result) for result in results], _SCHEMA)
+            first = 0
+            for batch in _batches(rows, renderer):
+                reasons, too_long = _column(batch, "reason"), _column(batch, "too_long")
+                for number in np.flatnonzero(reasons.is_valid().to_numpy(zero_copy_only=False)).tolist():
+                    reason, long = reasons[number].as_py(), too_long[number].as_py()
+                    _raise_if_fatal(rows, first + number, reason, long, renderer, on_bad_row)
                 writer.write_batch(batch, custom_metadata={"crc32": _checksum(batch)})
-                report.advance(len(indices))
+                report.advance(len(batch))
+                first += len(batch)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _encode(rows: list[Any], renderer: Renderer) -> Iterator[Encoded | RowError]:
-    parsed: list[Conversation | RowError] = []
-    for row in rows:
-        try:
-            parsed.append(parse_conversation(row))
-        except RowError as error:
-            parsed.append(error)
-    encoded = iter(renderer.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
-    for item in parsed:
-        yield next(encoded) if isinstance(item, Conversation) else item
+def _batches(rows: Rows, renderer: Renderer) -> Iterator[pa.RecordBatch]:
+    parsed = (
+        [_parse(rows.rows[index]) for index in range(first, min(first + _BATCH_ROWS, len(rows)))]
+        for first in range(0, len(rows), _BATCH_ROWS)
+    )
+    # What torch and transformers hold would be searched for garbage over and over: a tenth of the time.
+    gc.freeze()
+    try:
+        for results in renderer.encode_batches(parsed):
+            yield _record_batch(results)
+    finally:
+        gc.unfreeze()
 
 
-def _record(result: Encoded | RowError) -> dict[str, Any]:
-    if isinstance(result, RowError):
-        too_long = isinstance(result, RowTooLongError)
-        empty: list[int] = []
-        return {
-            "input_ids": empty,
-            "learned": empty,
-            "truncated": False,
-            "boundary_shift": False,
-            "reason": str(result),
-            "too_long": too_long,
-        }
-    learned = np.array([IGNORED, *result.labels, IGNORED]) != IGNORED
-    return {
-        "input_ids": np.array(result.input_ids, np.int32),
-        "learned": np.flatnonzero(learned[1:] != learned[:-1]).astype(np.int32),
-        "truncated": result.truncated,
-        "boundary_shift": result.boundary_shift,
-        "reason": None,
-        "too_long": False,
+def _parse(row: Any) -> Conversation | RowError:
+    try:
+        return parse_conversation(row)
+    except RowError as error:
+        return error
+
+
+def _record_batch(results: list[Encoded | RowError]) -> pa.RecordBatch:
+    kept = [result if isinstance(result, Encoded) else None for result in results]
+    columns = {
+        "input_ids": _list_array([result.input_ids if result else [] for result in kept]),
+        "learned": _list_array([list(chain.from_iterable(result.learned)) if result else [] for result in kept]),
+        "truncated": [result is not None and result.truncated for result in kept],
+        "reason": [str(result) if isinstance(result, RowError) else None for result in results],
+        "too_long": [isinstance(result, RowTooLongError) for result in results],
     }
+    return pa.RecordBatch.from_pydict(columns, _SCHEMA)
+
+
+def _list_array(lists: list[list[int]]) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+    values = np.fromiter(chain.from_iterable(lists), np.int32, offsets[-1])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 def _raise_if_fatal(

@@ -25,9 +25,13 @@ def rows() -> Rows:
 
 
 @pytest.fixture(scope="module")
-def data(rows: Rows, smollm2_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> TokenizedRows:
+def renderer(smollm2_tokenizer: Any) -> Renderer:
+    return Renderer(smollm2_tokenizer, max_length=34)
+
+
+@pytest.fixture(scope="module")
+def data(rows: Rows, renderer: Renderer, tmp_path_factory: pytest.TempPathFactory) -> TokenizedRows:
     folder: Path = tmp_path_factory.mktemp("cache")
-    renderer = Renderer(smollm2_tokenizer, max_length=34)
     return tokenize_rows(rows, renderer, on_bad_row="drop", cache_dir=folder, progress=False)
 
 
@@ -38,7 +42,7 @@ class Terminal(io.StringIO):
 
 def shown(data: TokenizedRows, rows: Rows, tokenizer: Any, file: io.StringIO | None = None, **options: Any) -> str:
     file = file or io.StringIO()
-    preview(data, rows, tokenizer, file=file, **options)
+    preview(data, rows, tokenizer, Renderer(tokenizer, max_length=34), file=file, **options)
     return file.getvalue()
 
 
@@ -64,6 +68,27 @@ def test_indices_and_limit(data: TokenizedRows, rows: Rows, smollm2_tokenizer: A
     assert "row 0: " not in text
     assert "2 rows of data.json: 2 kept, 0 dropped" in text
     assert "0 cut at max_length\n" in text
+
+
+def test_boundary_shifts_are_counted(smollm2_tokenizer: Any, renderer: Renderer, tmp_path: Path) -> None:
+    """Of the rows that are kept, by comparing with the whole text tokenised at once."""
+    answers = ["plain", "\n\nbegins with empty lines", None, " begins with a space", "\n", "x" * 9]
+    rows = Rows([{"instruction": "q", "output": answer} for answer in answers], "data.json", "1")
+    data = tokenize_rows(rows, renderer, on_bad_row="drop", cache_dir=tmp_path, progress=False)
+    backend = smollm2_tokenizer.backend_tokenizer
+    shifted = []
+    for i, answer in enumerate(answers):
+        if answer is not None:
+            header = backend.encode("assistant\n", add_special_tokens=False).ids
+            cut = header + backend.encode(answer, add_special_tokens=False).ids
+            if backend.encode(f"assistant\n{answer}", add_special_tokens=False).ids != cut:
+                shifted.append(i)
+    assert 0 < len(shifted) < 5
+    named = f"{len(shifted)} tokenised otherwise without cuts at the answers: rows {', '.join(map(str, shifted))}\n"
+    assert named in shown(data, rows, smollm2_tokenizer)
+    assert f"1 tokenised otherwise without cuts at the answers: rows {shifted[-1]}\n" in shown(
+        data, rows, smollm2_tokenizer, indices=[shifted[-1], 0]
+    )
 
 
 def test_colours_on_a_terminal(

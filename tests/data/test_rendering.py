@@ -338,18 +338,69 @@ def test_boundary_shift_and_uncut_ids(
     quoted = [Message(m.role, m.content.replace("<|", "<:")) for m in conversation.messages]
     encoded = llama_renderer.encode(Conversation(tuple(quoted)))
     whole = llama_tokenizer.backend_tokenizer.encode(encoded.text, add_special_tokens=False).ids
-    assert encoded.boundary_shift == (whole != encoded.input_ids)
+    assert llama_renderer.boundary_shifts([Conversation(tuple(quoted))]) == [whole != encoded.input_ids]
 
 
 def test_boundary_shift_of_a_known_case(llama_renderer: Renderer) -> None:
-    assert llama_renderer.encode(talk(("assistant", "\nyes"))).boundary_shift  # "\n\n" + "\n" is one token
-    assert not llama_renderer.encode(talk(("assistant", "yes"))).boundary_shift
+    # "\n\n" + "\n" is one token
+    assert llama_renderer.boundary_shifts([talk(("assistant", "\nyes")), talk(("assistant", "yes"))]) == [True, False]
 
 
 @relaxed
 @given(batch=st.lists(conversations(), min_size=1, max_size=4))
 def test_batch_is_the_same_as_one_by_one(llama_renderer: Renderer, batch: list[Conversation]) -> None:
     assert llama_renderer.encode_batch(batch) == [llama_renderer.encode(conversation) for conversation in batch]
+
+
+@relaxed
+@given(batch=st.lists(conversations(), min_size=1, max_size=6))
+def test_batches_are_the_same_as_one_by_one(llama_renderer: Renderer, batch: list[Conversation]) -> None:
+    bad = RowError("unreadable")
+    results = list(llama_renderer.encode_batches([[conversation, bad] for conversation in batch]))
+    assert results == [[llama_renderer.encode(conversation), bad] for conversation in batch]
+
+
+def test_an_error_among_the_batches_reaches_the_caller(llama_renderer: Renderer) -> None:
+    def batches() -> Any:
+        yield [talk(("assistant", "yes"))]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(llama_renderer.encode_batches(batches()))
+
+
+@relaxed
+@given(conversation=conversations(), max_length=st.integers(2, 60), turns=st.booleans(), long=st.booleans())
+def test_what_is_cut_off_changes_nothing(
+    smollm2_renderer: Renderer, conversation: Conversation, max_length: int, turns: bool, long: bool
+) -> None:
+    """A row of which only the beginning is tokenised is the beginning of the row that is tokenised whole."""
+    if long:  # many characters a token, so that the first guess is too short; and many tokens after the cut
+        extra = [Message("user", "  " * 300), Message("assistant", "Hello, it's 12345. " * 40)]
+        conversation = Conversation((*conversation.messages, *extra))
+    try:
+        full = smollm2_renderer.encode(conversation)
+    except RowError:
+        assume(False)
+    cut = copy.copy(smollm2_renderer)
+    cut.max_length, cut.truncation = max_length, "turns" if turns else "tokens"
+    length = len(full.input_ids)
+    keep = min(length, max_length)
+    if turns and length > max_length:
+        answer_ends = [end for end in range(1, keep + 1) if _ends_an_answer(full, end)]
+        keep = max(answer_ends, default=0)
+    if any(label != -100 for label in full.labels[1:keep]):
+        encoded = cut.encode(conversation)
+        assert (encoded.input_ids, encoded.labels) == (full.input_ids[:keep], full.labels[:keep])
+        assert encoded.truncated == (length > max_length)
+    else:
+        with pytest.raises(RowError, match=rf"nothing left to learn: .* \(the row has {length} tokens\)"):
+            cut.encode(conversation)
+
+
+def _ends_an_answer(encoded: Encoded, end: int) -> bool:
+    """Say whether the token before ``end`` is the last of an answer: in ChatML one that a newline follows, masked."""
+    return encoded.labels[end - 1] != -100 and [*encoded.labels, -100][end] == -100
 
 
 def test_control_tokens_parsed_on_request(llama_tokenizer: Any, llama_renderer: Renderer) -> None:
@@ -505,14 +556,15 @@ def test_sentencepiece_prefix_space(write_template: Any) -> None:
     backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     renderer = Renderer(tokenizer, write_template("{{ bos_token }}" + INST))
-    encoded = renderer.encode(talk(("user", "a"), ("assistant", "hi"), ("user", "b"), ("assistant", "b")))
+    conversation = talk(("user", "a"), ("assistant", "hi"), ("user", "b"), ("assistant", "b"))
+    encoded = renderer.encode(conversation)
     tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids)
     assert [t for t, label in zip(tokens, encoded.labels, strict=True) if label != -100] == [
         *("h", "i", "▁", "</s>", "b", "▁", "</s>")
     ]
     question = tokenizer.convert_ids_to_tokens(tokenizer("<s>[INST] a [/INST]", add_special_tokens=False)["input_ids"])
     assert tokens[: len(question)] == question
-    assert encoded.boundary_shift  # "▁hi" is one token when the text is not cut
+    assert renderer.boundary_shifts([conversation]) == [True]  # "▁hi" is one token when the text is not cut
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from lightning_lab.data.conversation import RowError, parse_conversation
+from lightning_lab.data.conversation import RowError, UnreadableRow, parse_conversation
 from lightning_lab.data.sources import load_rows
 from lightning_lab.errors import LabError
 
@@ -104,6 +104,20 @@ def test_neither_file_nor_id() -> None:
 def test_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())
     assert len(load_rows(str(tmp_path / "a.json"), None)) == 5
+
+
+def test_json_lines_stay_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in ROWS))
+    rows = load_rows(str(path), None)
+    assert list(rows.rows) == ROWS
+    path.write_bytes(path.read_bytes().replace(b"answer 3", b"ANSWER 3"))
+    assert rows.rows[3]["messages"][0]["content"] == "\u2028 ANSWER 3"
+    path.write_bytes(b"")  # cut short by someone else
+    assert isinstance(rows.rows[3], UnreadableRow)
+    path.unlink()
+    with pytest.raises(LabError, match=r"a\.jsonl cannot be read: No such file"):
+        rows.rows[3]
 
 
 def test_embedded() -> None:

@@ -1,12 +1,15 @@
+import gc
 import json
 import multiprocessing
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lightning_lab.data import rendering
 from lightning_lab.data import tokenized as module
 from lightning_lab.data.conversation import UnreadableRow, parse_conversation
 from lightning_lab.data.rendering import Renderer
@@ -19,7 +22,7 @@ def chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-GOOD = [chat(f"question {i}", f"answer {i} " + "and more " * (i % 7)) for i in range(600)]  # three batches of 256
+GOOD = [chat(f"question {i}", f"answer {i} " + "and more " * (i % 7)) for i in range(600)]  # five batches of 128
 BAD = [chat("a", "b"), {"text": "no"}, chat("c", "d"), UnreadableRow("the line is not JSON"), chat("e", "x " * 200)]
 
 
@@ -44,7 +47,7 @@ def files(folder: Path) -> list[Path]:
 def test_every_row_is_what_the_renderer_gives(renderer: Renderer, tmp_path: Path) -> None:
     data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path, progress=False)
     assert len(data) == 600
-    for i in (0, 1, 255, 256, 511, 512, 599):
+    for i in (0, 1, 127, 128, 511, 512, 599):
         encoded = renderer.encode(parse_conversation(GOOD[i]))
         assert data.input_ids(i).tolist() == encoded.input_ids
         assert data.labels(i).tolist() == encoded.labels
@@ -66,6 +69,31 @@ def test_labels_at_the_first_token_do_not_count(smollm2_tokenizer: Any, tmp_path
     data = tokenize_rows(rows, bare, on_bad_row="error", cache_dir=tmp_path, progress=False)
     assert data.labels(0)[0] != -100
     assert (data.lengths[0], data.supervised[0]) == (3, 2)
+
+
+@pytest.mark.parametrize("ahead", [1, 7])
+def test_the_file_does_not_depend_on_how_many_batches_are_in_the_making(
+    short_renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    """On against off: one thread of the tokenizer's and one batch at a time against many."""
+    rows = as_rows([*GOOD, *BAD, *GOOD])
+    monkeypatch.setattr(rendering, "_BATCHES_AHEAD", ahead)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    tokenize_rows(rows, short_renderer, on_bad_row="drop", cache_dir=tmp_path / "on", progress=False)
+    monkeypatch.setattr(rendering, "_BATCHES_AHEAD", 0)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    tokenize_rows(rows, short_renderer, on_bad_row="drop", cache_dir=tmp_path / "off", progress=False)
+    (on,), (off,) = files(tmp_path / "on"), files(tmp_path / "off")
+    assert on.read_bytes() == off.read_bytes()
+
+
+def test_the_earliest_bad_row_is_named_whatever_comes_after(renderer: Renderer, tmp_path: Path) -> None:
+    rows = as_rows([*GOOD[:300], {"text": "no"}, *GOOD[:300], {"other": "no"}])
+    threads = threading.active_count()
+    with pytest.raises(LabError, match=r"^data\.jsonl line 601: .*keys found: text"):
+        tokenize_rows(rows, renderer, on_bad_row="error", cache_dir=tmp_path, progress=False)
+    assert threading.active_count() == threads
+    assert gc.get_freeze_count() == 0
 
 
 def test_bad_rows_keep_their_index(short_renderer: Renderer, tmp_path: Path) -> None:
@@ -177,7 +205,9 @@ def test_unwritable_cache(renderer: Renderer, tmp_path: Path) -> None:
 
 def test_progress_lines(renderer: Renderer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path)
-    assert capsys.readouterr().err.splitlines() == [f"tokenising: {done} of 600 rows" for done in (256, 512, 600)]
+    assert capsys.readouterr().err.splitlines() == [
+        f"tokenising: {done} of 600 rows" for done in (128, 256, 384, 512, 600)
+    ]
     tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path)
     assert capsys.readouterr().err == ""
 
