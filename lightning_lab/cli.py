@@ -410,6 +410,7 @@ def _plan(cli: LabCLI) -> None:
             checkpointing=model.checkpointing,
             fused_linear=model.uses_fused_linear,
             dora=model.dora,
+            compiled=model.compile_layers,
         ),
         work_of(data, settings.trainer.max_epochs, settings.trainer.max_steps),
         device,
