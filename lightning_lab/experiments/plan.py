@@ -26,18 +26,15 @@ if TYPE_CHECKING:
     from lightning_lab.data.datamodule import ChatDataModule
 
 MIB = 2**20
-# On a CPU: free memory between live blocks of glibc's heap, as a share of the activations. Micro-batches differ in length,
-# and what one pass frees is cut up by small blocks that stay, so the next pass's tensors do not fit into it. With
-# SmolLM2 and 2,048 tokens, mallinfo2 counted 165 MiB of such holes in a run's first pass and 770 more in its second,
-# with 1,336 MiB of activations alive (bfloat16, checkpointing none); gradients allocated beforehand changed nothing.
-# The share that would have met the peak of four runs: 0.61 to 0.8, with full checkpointing more, but there it is small.
+# On a CPU: free memory between live blocks of glibc's heap, as a share of the activations. Micro-batches differ in
+# length, and what one pass frees is cut up by small blocks that stay, so the next pass's tensors do not fit into it.
+# With SmolLM2 and 2,048 tokens, mallinfo2 counted 165 MiB of such holes in a run's first pass and 770 more in its
+# second, with 1,336 MiB of activations alive (bfloat16, checkpointing none); gradients allocated beforehand changed
+# nothing. The share that would have met the peak of four runs: 0.61 to 0.8, with full checkpointing more, but there it
+# is small.
 HEAP_HOLES = 0.65
-MMAP_THRESHOLD = (
-    32 * MIB
-)  # glibc returns freed blocks from this size on, M_MMAP_THRESHOLD_MAX; the heap keeps smaller ones
-MEMORY_SHARE = (
-    0.85  # of the free memory is what `auto` takes: predictions are within 10 % of the peaks that were measured
-)
+MMAP_THRESHOLD = 32 * MIB  # glibc returns freed blocks from this size on (M_MMAP_THRESHOLD_MAX); the heap keeps others
+MEMORY_SHARE = 0.85  # of the free memory is what `auto` takes: predictions are within 10 % of the measured peaks
 
 
 @dataclass(frozen=True)
