@@ -160,7 +160,7 @@ class QLoRAModule(pl.LightningModule):
             )
         if self.checkpointing == "offload" and device.type != "cuda":
             raise LabError(
-                "model.checkpointing: offload moves activations from a GPU to the host; this run is not on one, use full"
+                "model.checkpointing: offload moves activations from a GPU to the host; this run has none, use full"
             )
         base = load_base(
             self.base,
