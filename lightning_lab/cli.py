@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping
@@ -57,10 +58,12 @@ REFUSED = {
 }
 WITHOUT_TRAINER = ("plan", "preview")  # they parse the same keys
 STRATEGIES = ("auto", "ddp")
+AUTO_KEYS = ("model.checkpointing", "data.micro_batch_tokens", "data.eval_micro_batch_tokens")
+CHOSEN = "LIGHTNING_LAB_AUTO"  # environment variable in which the processes of a run find what `auto` stands for
 OUT_OF_MEMORY = {
-    "fit": "lower data.micro_batch_tokens, or set model.checkpointing to full",
-    "validate": "lower data.micro_batch_tokens",
-    "test": "lower data.micro_batch_tokens",
+    "fit": "lower data.micro_batch_tokens, or set model.checkpointing to full or offload",
+    "validate": "lower data.eval_micro_batch_tokens or data.micro_batch_tokens",
+    "test": "lower data.eval_micro_batch_tokens or data.micro_batch_tokens",
     "predict": "lower model.max_new_tokens or data.max_length, or use a smaller model.base",
 }
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
@@ -151,17 +154,85 @@ class LabCLI(LightningCLI):
             if settings[key] is not None and settings[key] < 1:
                 raise LabError(f"{key} is {settings[key]}; it must be at least 1")
         if self.command in WITHOUT_TRAINER:
+            self._resolve_auto(None)
             return
         self.paths = resolve_run(self.command, self.name, settings.run_dir, settings.ckpt_path)
         if settings.run_dir is None and settings.ckpt_path is not None:
             _say(f"run: {self.paths.run_dir}")
         if self.paths.checkpoint is not None:
             read_checkpoint(self.paths.checkpoint)  # a corrupt file is named before a model is loaded
+        self._resolve_auto(self.paths.checkpoint)
         settings.run_dir = str(self.paths.run_dir)
         self.resolved_config = self._config_text()
         settings.ckpt_path = str(self.paths.checkpoint) if self.paths.checkpoint else None
         settings.weights_only = True
         self.evaluates_base = self.command != "fit" and self.paths.checkpoint is None
+
+    def _resolve_auto(self, checkpoint: Path | None) -> None:
+        """Put numbers in the place of ``auto``, before any weight is loaded.
+
+        A continued run keeps the choice of the run that the checkpoint lies in, since with dropout the cut into
+        micro-batches is a part of the result. The processes that Lightning starts are told what their parent chose:
+        by then it holds memory itself, so that they would find less. Processes that something else started have nobody
+        to ask, and are refused.
+
+        Raises:
+            LabError: Nothing fits, or the processes cannot agree.
+
+        """
+        settings = self.settings
+        asked = [key for key in AUTO_KEYS if settings[key] == "auto"]
+        if not asked:
+            return
+        if self.command == "fit" and checkpoint is not None:
+            before = _config_of_checkpoint(checkpoint)
+            for key in asked:
+                if key in before:
+                    settings[key] = before[key]
+        elif "LOCAL_RANK" in os.environ and CHOSEN in os.environ:
+            for key, value in json.loads(os.environ[CHOSEN]).items():
+                settings[key] = value
+            return
+        asked = [key for key in asked if settings[key] == "auto"]
+        if not asked:
+            return
+        if settings.trainer.num_nodes > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise LabError(
+                f"{asked[0]}: auto cannot be agreed on by processes that were not started from here; set it to a value "
+                "that `plan` shows"
+            )
+        self._choose(asked)
+        os.environ[CHOSEN] = json.dumps({key: settings[key] for key in asked})
+        _say(f"auto: {', '.join(f'{key} {settings[key]}' for key in asked)}")
+
+    def _choose(self, asked: list[str]) -> None:
+        from lightning_lab.experiments.plan import available_memory, choose
+        from lightning_lab.models.base import load_config
+
+        settings, data = self.settings, self.settings.data
+        device = _plan_device(settings.trainer)
+        config = load_config(settings.model.base)
+        shared = {
+            "available": available_memory(device, _device_count(settings.trainer)),
+            "max_length": data.max_length,
+            "batch_size": data.batch_size,
+        }
+        training = self.command not in ("validate", "test", "predict")
+        if asked != ["data.eval_micro_batch_tokens"]:
+            given = None if data.micro_batch_tokens == "auto" else data.micro_batch_tokens
+            mode, tokens = choose(
+                config,
+                _plan_settings(settings.model, device),
+                device,
+                **shared,
+                micro_batch_tokens=given,
+                training=training,
+            )
+            settings["model.checkpointing"] = mode
+            settings["data.micro_batch_tokens"] = tokens
+        if "data.eval_micro_batch_tokens" in asked:
+            chosen = _plan_settings(settings.model, device)
+            settings["data.eval_micro_batch_tokens"] = choose(config, chosen, device, **shared, training=False)[1]
 
     def _config_text(self) -> str:
         config = self.settings.clone()
@@ -325,9 +396,51 @@ def refuse_trainer_settings(trainer: Any) -> None:
         raise LabError("trainer.max_steps and trainer.max_epochs must be at least 1")
 
 
+def _config_of_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What the run that a checkpoint lies in had for `AUTO_KEYS`; empty where it lies in none."""
+    path = checkpoint.resolve().parent.parent / "config.yaml"
+    if not path.is_file():
+        return {}
+    config = yaml.safe_load(path.read_text())
+    return {key: config[key.partition(".")[0]].get(key.partition(".")[2]) for key in AUTO_KEYS}
+
+
+def _plan_device(trainer: Any) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and trainer.accelerator != "cpu" else "cpu")
+
+
+def _plan_settings(model: Any, device: torch.device) -> Any:
+    """`Settings` of a parsed config's model."""
+    from lightning_lab.experiments.plan import Settings
+    from lightning_lab.models.base import resolve_compute_dtype
+
+    return Settings(
+        bits=model.bits,
+        dtype_bytes=resolve_compute_dtype(model.compute_dtype, device).itemsize,
+        r=model.r,
+        target_modules=model.target_modules,
+        optimizer=model.optimizer,
+        checkpointing=model.checkpointing,
+        fused_linear=model.fused_linear and model.bits != 8 and not model.dora and not model.dropout,
+        dora=model.dora,
+        compiled=model.compile,
+    )
+
+
 def _accelerator(name: str) -> str:
     """``auto`` is CUDA or the CPU: bitsandbytes and the paths here have been tried on nothing else."""
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _device_count(trainer: Any) -> int:
+    devices = trainer.devices
+    if devices in ("auto", -1, "-1"):
+        gpus = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 1
+        return max(1, gpus)
+    if str(devices).isdigit():
+        return int(devices)
+    # a list such as [0, 1], or the same as text
+    return len(devices) if isinstance(devices, list) else len(str(devices).split(","))
 
 
 def _strategy(trainer: Any) -> Any:
@@ -335,15 +448,7 @@ def _strategy(trainer: Any) -> Any:
 
     Nothing changes the base's buffers, and processes run unequal numbers of micro-batches, so a broadcast would hang.
     """
-    devices = trainer.devices
-    if devices in ("auto", -1, "-1"):
-        gpus = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 1
-        count = max(1, gpus)
-    elif str(devices).isdigit():
-        count = int(devices)
-    else:  # a list such as [0, 1], or the same as text
-        count = len(devices) if isinstance(devices, list) else len(str(devices).split(","))
-    several = count > 1 or trainer.num_nodes > 1 or trainer.strategy == "ddp"
+    several = _device_count(trainer) > 1 or trainer.num_nodes > 1 or trainer.strategy == "ddp"
     return DDPStrategy(forward_sync_buffers=False) if several else trainer.strategy
 
 
@@ -390,28 +495,17 @@ def _preview(cli: LabCLI) -> None:
 
 
 def _plan(cli: LabCLI) -> None:
-    from lightning_lab.experiments.plan import Settings, known_speed, plan, show, work_of
-    from lightning_lab.models.base import load_config, resolve_compute_dtype
+    from lightning_lab.experiments.plan import known_speed, plan, show, work_of
+    from lightning_lab.models.base import load_config
 
-    data, model, settings = cli.datamodule, cli.model, cli.settings
-    config = load_config(model.base)
-    device = torch.device("cuda" if torch.cuda.is_available() and settings.trainer.accelerator != "cpu" else "cpu")
-    dtype = resolve_compute_dtype(model.compute_dtype_name, device)
+    data, settings = cli.datamodule, cli.settings
+    config = load_config(settings.model.base)
+    device = _plan_device(settings.trainer)
     data.prepare(progress=not settings.json)
     earlier = newest_run(cli.name)
     planned = plan(
         config,
-        Settings(
-            bits=model.bits,
-            dtype_bytes=dtype.itemsize,
-            r=model.r,
-            target_modules=model.target_modules,
-            optimizer=model.optimizer_name,
-            checkpointing=model.checkpointing,
-            fused_linear=model.uses_fused_linear,
-            dora=model.dora,
-            compiled=model.compile_layers,
-        ),
+        _plan_settings(settings.model, device),
         work_of(data, settings.trainer.max_epochs, settings.trainer.max_steps),
         device,
         known_speed(MetricsFile(earlier / "metrics.csv").read()) if earlier else None,

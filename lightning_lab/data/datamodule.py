@@ -46,7 +46,9 @@ class ChatDataModule(pl.LightningDataModule):
             drops the row, ``error`` stops.
         on_bad_row: ``error`` stops at the first malformed row or row with nothing to learn; ``drop`` drops and counts.
         batch_size: Conversations per optimizer step, over all devices.
-        micro_batch_tokens: Most tokens that are worked on at once. Decides memory and speed, never the result.
+        micro_batch_tokens: Most tokens that are worked on at once. Decides memory and speed, never the result. ``auto``
+            (on the command line): as many as fit.
+        eval_micro_batch_tokens: The same in evaluation; null for ``micro_batch_tokens``.
         predict_source: Another file or Hub id for `predict` to answer, in place of a split. Its rows need no answers:
             conversations that end with a user turn, or ``{"prompt": "..."}``, will do.
         num_workers: Processes that build batches beside the training loop.
@@ -69,7 +71,8 @@ class ChatDataModule(pl.LightningDataModule):
         truncation: Literal["tokens", "turns", "drop", "error"] = "tokens",
         on_bad_row: Literal["error", "drop"] = "error",
         batch_size: int = 8,
-        micro_batch_tokens: int = 4096,
+        micro_batch_tokens: int | Literal["auto"] = 4096,
+        eval_micro_batch_tokens: int | Literal["auto"] | None = None,
         predict_source: str | None = None,
         num_workers: int = 0,
         seed: int = 3407,
@@ -88,11 +91,16 @@ class ChatDataModule(pl.LightningDataModule):
         self.truncation = truncation
         self.on_bad_row = on_bad_row
         self.batch_size = batch_size
-        self.micro_batch_tokens = micro_batch_tokens
+        if micro_batch_tokens == "auto" or eval_micro_batch_tokens == "auto":
+            raise LabError("data.micro_batch_tokens: auto is for the command line, which chooses; here, give a number")
+        self.micro_batch_tokens: int = micro_batch_tokens
+        self.eval_micro_batch_tokens = (
+            micro_batch_tokens if eval_micro_batch_tokens is None else eval_micro_batch_tokens
+        )
         self.predict_source = predict_source
         self.num_workers = num_workers
         self.seed = seed
-        for key in ("batch_size", "micro_batch_tokens", "max_length"):
+        for key in ("batch_size", "micro_batch_tokens", "eval_micro_batch_tokens", "max_length"):
             if getattr(self, key) < 1:
                 raise LabError(f"data.{key} is {getattr(self, key)}; it must be at least 1")
         if rows is not None and rows < 1:
@@ -251,7 +259,7 @@ class ChatDataModule(pl.LightningDataModule):
         if len(lengths) < world_size:
             raise LabError(f"the {split} split has {len(lengths)} conversations for {world_size} processes; use fewer")
         mine = share(lengths, world_size)[rank]
-        return [[mine[i] for i in bin_] for bin_ in pack([lengths[i] for i in mine], self.micro_batch_tokens)]
+        return [[mine[i] for i in bin_] for bin_ in pack([lengths[i] for i in mine], self.eval_micro_batch_tokens)]
 
     def val_dataloader(self) -> DataLoader:
         """Packed micro-batches of the split that this stage evaluates."""

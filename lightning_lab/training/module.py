@@ -64,7 +64,7 @@ class QLoRAModule(pl.LightningModule):
         max_grad_norm: Gradients are clipped to this norm; null for no clipping.
         checkpointing: ``none`` keeps all activations; ``full`` keeps one hidden state per layer and recomputes the
             rest; ``selective`` does so in every second layer; ``offload`` is ``full`` with those hidden states in host
-            memory, on CUDA alone. Same results.
+            memory, on CUDA alone. Same results. ``auto`` (on the command line): the first of these that fits.
         fused_linear: Run each linear and its adapter as one autograd function: faster, and less memory in 16 bits. Same
             results to rounding. 8-bit bases, DoRA and training with dropout always take PEFT's own layers.
         compile: Compile each decoder layer with ``torch.compile``, once for all lengths; takes a minute or two at the
@@ -93,7 +93,7 @@ class QLoRAModule(pl.LightningModule):
         eps: float = 1e-8,
         warmup_steps: int = 5,
         max_grad_norm: float | None = 1.0,
-        checkpointing: Literal["none", "selective", "full", "offload"] = "none",
+        checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none",
         fused_linear: bool = True,
         compile: bool = False,
         max_new_tokens: int = 128,
@@ -127,6 +127,8 @@ class QLoRAModule(pl.LightningModule):
                 "model.compile needs the fused linear: set model.fused_linear to true, model.bits to 4 or 16, "
                 "model.dropout to 0 and model.dora to false, or model.compile to false"
             )
+        if checkpointing == "auto":
+            raise LabError("model.checkpointing: auto is for the command line, which chooses; here, name a mode")
         if compile and checkpointing == "offload":
             raise LabError(
                 "model.checkpointing: offload cannot be compiled; set model.compile to false, or use full or selective"
@@ -160,7 +162,7 @@ class QLoRAModule(pl.LightningModule):
             )
         if self.checkpointing == "offload" and device.type != "cuda":
             raise LabError(
-                "model.checkpointing: offload moves activations from a GPU to the host; this run has none, use full"
+                "model.checkpointing: offload moves activations from a GPU to the host; this run is on a CPU, use full"
             )
         base = load_base(
             self.base,

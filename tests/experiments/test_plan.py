@@ -10,7 +10,20 @@ import torch
 
 from lightning_lab.__main__ import main
 from lightning_lab.errors import LabError
-from lightning_lab.experiments.plan import Settings, known_speed, memory, plan, trainable_parameters, work_of
+from lightning_lab.experiments.plan import (
+    HEAP_HOLES,
+    MEMORY_SHARE,
+    MIB,
+    Settings,
+    available_memory,
+    choose,
+    known_speed,
+    memory,
+    peak,
+    plan,
+    trainable_parameters,
+    work_of,
+)
 from lightning_lab.models import qlora
 from lightning_lab.models.attention import attention_arguments, register_document_attention
 from lightning_lab.models.base import load_base
@@ -101,14 +114,22 @@ def test_weights_adapters_and_optimizer_are_counted_to_the_byte(folder: Path) ->
     assert parts[5] == 2 * sum(w.numel() for w in trained)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def activations(parts: dict[str, int]) -> int:
+    return next(size for name, size in parts.items() if name.startswith("activations"))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "compiled"])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_what_autograd_keeps(folder: Path, dtype: torch.dtype, fused: bool, checkpointing: str) -> None:
-    if dtype == torch.float32 and not fused:
-        pytest.skip("PEFT's layers keep the same in float32, and the scaled product besides")
+    compiled, checkpointing = checkpointing == "compiled", checkpointing.replace("compiled", "none")
+    if (dtype == torch.float32 or compiled) and not fused:
+        pytest.skip("PEFT's layers keep the same in float32, and the scaled product besides; they are never compiled")
     model = build(folder, dtype, fused)
     qlora.enable_checkpointing(model, checkpointing)
+    if compiled:
+        torch.compiler.reset()
+        qlora.compile_layers(model, backend="aot_eager_decomp_partition")
     lengths = (200, 56)
     borders = torch.tensor([0, 200, 256])
 
@@ -124,15 +145,88 @@ def test_activations_are_what_autograd_keeps(folder: Path, dtype: torch.dtype, f
             .last_hidden_state
         )
 
-    chosen = settings(dtype_bytes=dtype.itemsize, checkpointing=checkpointing, fused_linear=fused)
-    parts = memory(model.config, chosen, 256, 128)
-    predicted = next(size for name, size in parts.items() if name.startswith("activations"))
-    kept = saved_bytes(model, forward)
-    if checkpointing == "full":  # the layer that is recomputed is no part of what the forward pass keeps
-        one = memory(model.config, settings(dtype_bytes=dtype.itemsize, fused_linear=fused), 256, 128)
-        whole = next(size for name, size in one.items() if name.startswith("activations"))
+    options: dict[str, Any] = dict(dtype_bytes=dtype.itemsize, fused_linear=fused, compiled=compiled)
+    predicted = activations(memory(model.config, settings(**options, checkpointing=checkpointing), 256, 128))
+    if checkpointing != "none":  # the layer that is recomputed is no part of what the forward pass keeps
+        whole = activations(memory(model.config, settings(**options), 256, 128))
         predicted -= (whole - 256 * 4 * model.config.hidden_size) // 3
-    assert kept == pytest.approx(predicted, rel=0.03)
+    assert saved_bytes(model, forward) == pytest.approx(predicted, rel=0.03)
+
+
+def test_the_heap_of_a_cpu() -> None:
+    config, tokens = llama_3_2("1B"), 2048
+    gpu, cpu = (memory(config, settings(dtype_bytes=2), tokens, 700, cpu=cpu) for cpu in (False, True))
+    added = {name: size for name, size in cpu.items() if name not in gpu}
+    holes, left = added.pop("holes in the heap"), added.pop("left by quantising")
+    assert holes == int(HEAP_HOLES["eager"] * activations(gpu))
+    # 16 layers in bfloat16; gate, up and down (2,048 x 8,192) are exactly the 32 MiB that glibc gives back
+    assert left == 16 * 2 * (2 * 2048 * 2048 + 2 * 2048 * 512)
+    assert len(added) == 1  # of the layer's pass and the logits, the smaller one
+    assert "holes in the heap" not in memory(config, settings(), tokens, 700, cpu=True, training=False)
+
+
+def test_evaluation_needs_neither_gradients_nor_activations() -> None:
+    config = llama_3_2("1B")
+    parts = memory(config, settings(dtype_bytes=2), 2048, 700, training=False)
+    assert not any("gradients" in name or "optimizer" in name or "activations" in name for name in parts)
+    assert sum(parts.values()) < sum(memory(config, settings(dtype_bytes=2, checkpointing="full"), 2048, 700).values())
+
+
+def test_modes_in_order_of_memory() -> None:
+    sizes = [
+        sum(memory(llama_3_2("1B"), settings(dtype_bytes=2, checkpointing=mode), 4096, 2000).values())
+        for mode in qlora.CHECKPOINTING
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 4
+
+
+GPU = torch.device("cuda")
+
+
+def chosen(available: int, device: torch.device = GPU, budget: int | None = None, **changes: Any) -> tuple[str, int]:
+    options: dict[str, Any] = dict(max_length=2048, batch_size=8, micro_batch_tokens=budget)
+    own = settings(**({"dtype_bytes": 2, "checkpointing": "auto"} | changes))
+    return choose(llama_3_2("1B"), own, device, available, **options)
+
+
+def enough(mode: str, tokens: int, **changes: Any) -> int:
+    """Bytes that must be free for exactly this."""
+    needed = peak(llama_3_2("1B"), settings(dtype_bytes=2, checkpointing=mode, **changes), tokens, tokens, GPU)
+    return int(needed / MEMORY_SHARE) + 1
+
+
+def test_auto_takes_the_fastest_mode_that_fits_and_then_the_most_tokens() -> None:
+    assert chosen(2**40) == ("none", 16_384)  # a whole step: 8 conversations of 2,048 tokens
+    assert chosen(enough("none", 4096)) == ("none", 4096)
+    assert chosen(enough("none", 4096) - 2) == ("none", 2048)
+    assert chosen(enough("none", 2048) - 2)[0] == "selective"
+    assert chosen(enough("selective", 2048) - 2)[0] == "full"
+    assert chosen(enough("full", 2048) - 2)[0] == "offload"
+    with pytest.raises(LabError, match=r"MiB are needed .* MiB available .*lower data\.max_length"):
+        chosen(enough("offload", 2048) - 2)
+
+
+def test_auto_leaves_what_was_given() -> None:
+    assert chosen(2**40, budget=1000) == ("none", 1000)
+    assert chosen(enough("none", 8192) - 2, budget=8192) == ("selective", 8192)
+    assert chosen(enough("full", 8192), checkpointing="full") == ("full", 8192)
+    with pytest.raises(LabError, match="checkpointing none"):
+        chosen(enough("none", 2048) - 2, checkpointing="none")
+
+
+def test_auto_chooses_nothing_that_cannot_be_honoured() -> None:
+    with pytest.raises(LabError, match="checkpointing full"):  # offload is not compiled
+        chosen(enough("full", 2048, compiled=True) - 2, compiled=True)
+    with pytest.raises(LabError, match="checkpointing full"):  # nor has a CPU a host to go to
+        chosen(0, torch.device("cpu"))
+    assert chosen(2**40, torch.device("cpu")) == ("none", 4096)
+
+
+def test_memory_of_a_cpu_is_within_what_the_machine_has() -> None:
+    alone, shared = (available_memory(CPU, processes) for processes in (1, 4))
+    total = next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemTotal"))
+    assert 100 * MIB < shared < alone < total
 
 
 def test_work_is_counted_over_all_steps(tiny_base: Path, short_chats: Path, one_tokenizer: None) -> None:
@@ -164,6 +258,8 @@ def test_what_is_shown(
     args += ["--data.split=[18,2,0]", "--trainer.max_steps=2"]
     assert main([*args, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
+    assert list(planned["peak memory by checkpointing"]) == ["none", "selective", "full"]
+    assert planned["peak memory by checkpointing"]["none"] == pytest.approx(planned["peak memory in all"], rel=0.02)
     assert planned["optimizer steps"] == 2
     assert planned["peak memory in all"] == sum(planned["peak memory"].values())
     assert planned["seconds of training"] is None
