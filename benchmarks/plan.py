@@ -1,7 +1,7 @@
 """Peak memory that `plan` predicts, beside what runs of two steps took.
 
-Every setting is trained in a fresh process, whose ``ru_maxrss`` (on CUDA: ``peak_memory_mib`` of ``metrics.csv``) is the
-measured peak: loading, training and one validation. Results of single settings are merged into the file that is there.
+Every setting is trained in a fresh process, whose ``ru_maxrss`` (on CUDA: ``peak_memory_mib`` of ``metrics.csv``) is
+the measured peak: loading, training, one validation. Results of single settings are merged into the file that is there.
 
     python benchmarks/plan.py [SETTING ...] [--out benchmarks/results/plan/plan.json]
 """
