@@ -17,7 +17,7 @@ import torch
 
 from lightning_lab.data.batching import pack
 from lightning_lab.errors import LabError
-from lightning_lab.models.loss import CHUNK_ELEMENTS
+from lightning_lab.models.loss import chunk_rows
 from lightning_lab.models.qlora import CHECKPOINTING
 
 if TYPE_CHECKING:
@@ -164,8 +164,10 @@ def memory(
         "adapters, float32": 4 * adapters,
     }
     largest = c * max(i * o for i, o in shapes.values())
-    rows = min(supervised, max(1, CHUNK_ELEMENTS // config.vocab_size))
-    logits = rows * config.vocab_size * (4 if c == 4 else 4 + c) + 2 * supervised * hidden * c
+    rows = min(supervised, chunk_rows(config.vocab_size, "cpu" if cpu else "cuda"))
+    # compiled: no float32 copy, but the softmax beside the logits; both only in training
+    chunk = c * (1 + training) if settings.compiled else 4 if c == 4 else 4 + c
+    logits = rows * config.vocab_size * chunk + 2 * supervised * hidden * c
     kept = 0
     if training:
         kept = tokens * _kept_of_a_token(config, settings)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 # Queries worked on at once in bfloat16. Of 1,365 tokens and 9 heads on two AMX cores: 64 rows 22 ms, 128 and 256 18 ms,
-# 342 25 ms, PyTorch's flash kernel 25 ms.
-_BLOCK = 256
+# 342 25 ms, PyTorch's flash kernel 25 ms; on two AVX512-BF16 cores: 64 rows 33 ms, 128 30 ms, 256 37 ms, flash 65 ms.
+_BLOCK = 128
 
 
 @torch.library.custom_op("lightning_lab::cpu_document_attention", mutates_args=(), device_types="cpu")
@@ -95,7 +95,7 @@ def _(
 def _backward_in_blocks(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, *, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one document, ``[heads, T, head_dim]`` without a batch, from bfloat16 products of 256 queries.
+    """Gradients of one document, ``[heads, T, head_dim]`` without a batch, from bfloat16 products of 128 queries.
 
     The score less its row's log-sum-exp comes out of one product, by two more columns that hold the latter in two
     bfloat16 pieces; so it is rounded where it is small, and where it is large its exponential is nothing. The

@@ -270,7 +270,9 @@ class QLoRAModule(pl.LightningModule):
         with self._no_gradient_sync():
             for micro_batch in batch.micro_batches:
                 hidden = self.last_hidden_state(micro_batch)[micro_batch.predicting]
-                micro_nll = supervised_nll_sum(hidden, self.head, micro_batch.targets, gradient_scale)
+                micro_nll = supervised_nll_sum(
+                    hidden, self.head, micro_batch.targets, gradient_scale, compiled=self.compile_layers
+                )
                 self.manual_backward(micro_nll)
                 nll += micro_nll.detach()
         weights = self.trainable()
@@ -356,7 +358,7 @@ class QLoRAModule(pl.LightningModule):
         assert self._per_conversation is not None
         with self._adapters_as_asked():
             hidden = self.last_hidden_state(batch)[batch.predicting]
-        nll, correct = supervised_nll(hidden, self.head, batch.targets)
+        nll, correct = supervised_nll(hidden, self.head, batch.targets, compiled=self.compile_layers)
         documents = torch.tensor(batch.documents, device=nll.device)
         self._per_conversation.update(documents[batch.target_documents], nll, correct)
 

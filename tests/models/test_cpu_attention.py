@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from lightning_lab.models.cpu_attention import cpu_document_attention
 
-# around the block of 256 queries
-LENGTHS = [(255,), (256,), (257,), (700,), (3, 300, 1, 513)]
+# around the block of 128 queries
+LENGTHS = [(127,), (128,), (129,), (257,), (700,), (3, 300, 1, 513)]
 
 
 def inputs(tokens: int, heads: int, kv_heads: int, width: int) -> tuple[Tensor, ...]:
