@@ -28,6 +28,7 @@ Mask = Literal["assistant", "unsloth-2024"]
 Truncation = Literal["tokens", "turns", "drop", "error"]
 Span = tuple[int, int]
 
+_CHARACTERS_A_TOKEN = 4.5  # at least so many are tokenised of a row, as English chat has 4; more if they fall short
 _BATCHES_AHEAD = 2  # in the tokenizer, so that it need not wait for the next one; more is no faster
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
@@ -220,7 +221,9 @@ class Renderer:
             for conversations in batches:
                 plans = [self._try_plan(conversation) for conversation in conversations]
                 made = [plan for plan in plans if isinstance(plan, _Plan)]
-                likely = chain.from_iterable(plan.likely_parts(self._needed_tokens()) for plan in made)
+                likely = chain.from_iterable(
+                    chain(plan.likely_parts(self._needed_tokens()), plan.headers.values()) for plan in made
+                )
                 plain = _plain_parts(likely)
                 waiting.append((plans, plain, tokenizing.submit(self._tokenize, plain)))
                 if len(waiting) > _BATCHES_AHEAD:
@@ -356,38 +359,36 @@ class Renderer:
 
         plan = _Plan(rendered)
         parts, span_of = plan.parts, plan.span_of
-        position = edge = span = 0
-
-        def span_at(position: int) -> int | None:
-            """Return the span that a part at ``position`` belongs to, which only moves forward."""
-            nonlocal span
-            while span < len(spans) and spans[span][1] <= position:
-                span += 1
-            if span == len(spans) or position < spans[span][0]:
-                return None
-            if position == spans[span][0] and self.mask == "unsloth-2024":
-                header_end = self._before_answer(rendered, position)
-                plan.headers[len(parts)] = self._part(text, header_end, position, cut=True)
-            return span
-
+        ends = iter((*spans, (len(text), len(text) + 1)))  # and one that nothing belongs to
+        span = 0
+        span_start, span_end = next(ends)
+        position = edge = 0
         for match in (*tokens, None):
-            begin = position
-            first = len(parts)
+            begin, first = position, len(parts)
             end = match.start() if match else len(text)
-            while position < end:
+            token_end = match.end() if match else end
+            while position < token_end:
+                while span_end <= position:  # spans and positions both only move forward
+                    span += 1
+                    span_start, span_end = next(ends)
+                span_of.append(span if span_start <= position else None)
+                if position == span_start and self.mask == "unsloth-2024":
+                    header_end = self._before_answer(rendered, position)
+                    plan.headers[len(parts)] = self._part(text, header_end, position, cut=True)
+                if position >= end:
+                    assert match
+                    token = match.group()
+                    parts.append(self._control_ids.get(token) or self._control_ids[token.strip()])
+                    position = token_end
+                    break
                 while edges[edge] <= position:
                     edge += 1
                 cut = min(edges[edge], end)
-                span_of.append(span_at(position))
-                parts.append(self._part(text, position, cut, cut=position > begin))
+                parts.append(self._part(text, position, cut, position > begin))
                 position = cut
-            if len(parts) > first + 1:
-                plan.uncut.append((first, len(parts), self._part(text, begin, end, cut=False)))
-            if match:
-                token = match.group()
-                span_of.append(span_at(position))
-                parts.append(self._control_ids.get(token) or self._control_ids[token.strip()])
-                position = match.end()
+            last = len(parts) - (match is not None)
+            if last > first + 1:
+                plan.uncut.append((first, last, self._part(text, begin, end, cut=False)))
         return plan
 
     def _before_answer(self, rendered: Rendered, position: int) -> int:
@@ -447,17 +448,21 @@ class Renderer:
                 learned.append((start, end))
 
         done = 0  # parts
+        needed, headers = self._needed_tokens(), plan.headers
         for part, span in zip(plan.parts, plan.span_of, strict=True):
             start = len(ids)
-            if start > self._needed_tokens():
+            if start > needed:
                 break
-            if not (isinstance(part, int) or part in ids_of):
-                ids_of.update(self._encode_parts(plan.parts[done:]))
-            if done in plan.headers:
-                header = ids_of[plan.headers[done]]
+            if done in headers:
+                header = ids_of[headers[done]]
                 if header and ids[-len(header) :] == header:
                     learn(start - len(header), start)
-            ids += ids_of[part]
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                if part not in ids_of:
+                    ids_of.update(self._encode_parts(plan.likely_parts(needed - start, done)))
+                ids += ids_of[part]
             if span is not None:
                 learn(start, len(ids))
                 answer_ends[span] = len(ids)
@@ -532,13 +537,21 @@ class _Plan:
     headers: dict[int, _Plain] = field(default_factory=dict)  # part that begins an answer -> whitespace before it
     uncut: list[tuple[int, int, _Plain]] = field(default_factory=list)  # [first, last) parts, all in one
 
-    def likely_parts(self, tokens: float) -> Iterator[_Plain | int]:
-        """Yield the parts that the row's first tokens are likely to come from: English chat has 4 characters a token.
+    def likely_parts(self, tokens: float, first: int = 0) -> Iterator[_Plain | int]:
+        """Yield the parts from the ``first`` on that the next tokens are likely to come from, at least one.
 
-        Most of a long row is cut off, and need not be tokenised.
+        English chat has 4 characters a token. Most of a long row is cut off, and need not be tokenised.
         """
-        share = min(1.0, 5 * tokens / max(1, len(self.rendered.text)))
-        return chain(self.parts[: math.ceil(share * len(self.parts))], self.headers.values())
+        characters = _CHARACTERS_A_TOKEN * tokens
+        if first == 0 and len(self.rendered.text) <= characters:
+            yield from self.parts
+            return
+        for part in self.parts[first:]:
+            yield part
+            if not isinstance(part, int):
+                characters -= len(part if isinstance(part, str) else part.text)
+                if characters <= 0:
+                    return
 
 
 def _place(text: str, skeleton: _Skeleton, messages: Sequence[Message]) -> tuple[Span, ...] | None:
