@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from lightning_lab.models.loss import supervised_nll, supervised_nll_sum
@@ -99,3 +100,23 @@ def test_logits_never_exist_whole() -> None:
         supervised_nll(hidden, head, targets, chunk_elements=8 * VOCABULARY)
     assert shapes
     assert max(shapes) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_and_not_agree(dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    counters.clear()
+    for positions in (23, 1, 8):  # chunks of 5, and shorter ones
+        hidden, head, targets = _inputs(positions, dtype)
+        targets[::2] = (hidden @ head.T)[::2].argmax(-1)
+        found = []
+        for compiled in (False, True):
+            options = {"chunk_elements": 5 * VOCABULARY, "compiled": compiled}
+            total = supervised_nll_sum(hidden, head, targets, 4.0, **options)
+            (gradient,) = torch.autograd.grad(total, hidden)
+            found.append((total.detach(), gradient, *supervised_nll(hidden, head, targets, **options)))
+        off, on = found
+        rounding = 0.01 if dtype == torch.bfloat16 else 1e-5  # of the gradient; the rest is float32 either way
+        torch.testing.assert_close(on[1], off[1], rtol=rounding, atol=rounding)
+        torch.testing.assert_close((on[0], *on[2:]), (off[0], *off[2:]), rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] <= 4  # of both functions, for any number of rows
