@@ -51,6 +51,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "as shipped, without checkpointing": {},
     "`model.fused_linear: false` (PEFT's own layers)": {"fused": False},
     "`model.compile: true`": {"compiled": True},
+    "`model.cache_dequantised: true`": {"cached": True},
     "loss over all positions": {"every": 1},
     "`model.checkpointing: full`": {"checkpointing": "full"},
     "`model.checkpointing: full`, `model.compile: true`": {"checkpointing": "full", "compiled": True},
@@ -115,6 +116,7 @@ def passes(
     dtype: str = "auto",
     every: float = 2.5,
     evaluate: bool = False,
+    cached: bool = False,
 ) -> dict[str, Any]:
     """Passes over one packed row of SmolLM2 in NF4: forward and backward, or an evaluation.
 
@@ -126,6 +128,7 @@ def passes(
         dtype: As ``model.compute_dtype``.
         every: One position in this many is supervised; 1 is what a loss over all positions computes.
         evaluate: Forward only, without a graph.
+        cached: As ``model.cache_dequantised``.
 
     """
     from lightning_lab.models import qlora
@@ -142,6 +145,10 @@ def passes(
         base, r=16, alpha=16, dropout=0.0, target_modules=targets, rslora=False, dora=False, seed=1, fused=fused
     )
     qlora.enable_checkpointing(model, checkpointing)
+    if cached:
+        from lightning_lab.models.fused_linear import keep_dequantised_weights
+
+        keep_dequantised_weights(model, compute)
     if compiled:
         qlora.compile_layers(model)
     model.train()
@@ -160,7 +167,7 @@ def passes(
         with torch.inference_mode(evaluate):
             hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False, **arguments).last_hidden_state[0]
             loss = supervised_nll if evaluate else supervised_nll_sum
-            result = loss(hidden[predicting], head, ids[0][predicting + 1])
+            result = loss(hidden[predicting], head, ids[0][predicting + 1], compiled=compiled)
         if isinstance(result, torch.Tensor):
             result.backward()
             model.zero_grad(set_to_none=True)

@@ -38,6 +38,7 @@ BACKENDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "unsloth": ("unsloth_sft.py", "unsloth", {}),
     "unsloth-packing": ("unsloth_sft.py", "unsloth", {"packing": True, "micro_batch": 1}),
     "unsloth-8x1": ("unsloth_sft.py", "unsloth", {"micro_batch": 8}),
+    "lightning_lab-cache": ("lab.py", "lightning_lab", {"set": ["model.cache_dequantised=true"]}),
     "lightning_lab-compile": ("lab.py", "lightning_lab", {"set": ["model.compile=true"]}),
 }
 PRESETS: dict[str, dict[str, Any]] = {

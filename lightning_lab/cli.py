@@ -424,6 +424,7 @@ def _plan_settings(model: Any, device: torch.device) -> Any:
         fused_linear=model.fused_linear and model.bits != 8 and not model.dora and not model.dropout,
         dora=model.dora,
         compiled=model.compile,
+        cached=model.cache_dequantised,
     )
 
 

@@ -51,6 +51,7 @@ class Settings:
         fused_linear: Training runs through the fused linear.
         dora: Adapters learn a magnitude for each output as well.
         compiled: Decoder layers are compiled.
+        cached: Dequantised weights are kept.
 
     """
 
@@ -63,6 +64,7 @@ class Settings:
     fused_linear: bool = True
     dora: bool = False
     compiled: bool = False
+    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ def memory(
         "their quantisation state": state,
         "adapters, float32": 4 * adapters,
     }
-    largest = c * max(i * o for i, o in shapes.values())
+    largest = 0 if settings.cached else c * max(i * o for i, o in shapes.values())
+    if settings.cached:
+        parts["dequantised weights, kept"] = linear * c
     rows = min(supervised, chunk_rows(config.vocab_size, "cpu" if cpu else "cuda"))
     # compiled: no float32 copy, but the softmax beside the logits; both only in training
     chunk = c * (1 + training) if settings.compiled else 4 if c == 4 else 4 + c

@@ -175,7 +175,8 @@ def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
 class _Fused:
     """Takes the plain case of a PEFT layer: one adapter, not merged, without dropout or a variant such as DoRA."""
 
-    plain_weight: NF4 | None = None  # of the base; torch.compile cannot read it from bitsandbytes' parameter class
+    # Of a 4-bit base: torch.compile cannot read it from bitsandbytes' parameter class. Or dequantised, to be kept so.
+    plain_weight: NF4 | Tensor | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = cast(Any, self)
@@ -195,7 +196,9 @@ class _Fused:
         ):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base = layer.get_base_layer()
-        weight = base.weight if type(base) is nn.Linear else layer.plain_weight or NF4.of(base)
+        weight = base.weight if type(base) is nn.Linear else layer.plain_weight
+        if weight is None:
+            weight = NF4.of(base)
         if weight is None or base.bias is not None or _of_another_dtype(weight, x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         name = active[0]
@@ -218,8 +221,18 @@ class FusedLinear(_Fused, lora.Linear):
 def keep_plain_weights(model: nn.Module) -> None:
     """Let each fused layer hold its base's 4-bit weight as plain tensors; the base must then stay where it is."""
     for module in model.modules():
-        if isinstance(module, FusedLinear4bit):
+        if isinstance(module, FusedLinear4bit) and module.plain_weight is None:
             module.plain_weight = NF4.of(module.get_base_layer())
+
+
+def keep_dequantised_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Dequantise the base of each fused layer once, for every pass to come: the same values, in 16 bits or more.
+
+    The 4-bit weights stay too, for merging, saving and decoding. The base must then stay where it is.
+    """
+    for module in model.modules():
+        if isinstance(module, FusedLinear4bit) and (weight := NF4.of(module.get_base_layer())) is not None:
+            module.plain_weight = dequantise(weight, dtype)
 
 
 def fused_layers(targets: Sequence[nn.Module]) -> dict[type[nn.Module], type[nn.Module]]:

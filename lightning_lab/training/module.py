@@ -67,6 +67,8 @@ class QLoRAModule(pl.LightningModule):
             memory, on CUDA alone. Same results. ``auto`` (on the command line): the first of these that fits.
         fused_linear: Run each linear and its adapter as one autograd function: faster, and less memory in 16 bits. Same
             results to rounding. 8-bit bases, DoRA and training with dropout always take PEFT's own layers.
+        cache_dequantised: Keep the 4-bit base dequantised in the compute dtype beside it: the same results without
+            dequantising in every pass, for the memory of a 16-bit base.
         compile: Compile each decoder layer with ``torch.compile``, once for all lengths; takes a minute or two at the
             first step and at the first validation. Same results to rounding.
         max_new_tokens: Longest answer that `predict` writes.
@@ -95,6 +97,7 @@ class QLoRAModule(pl.LightningModule):
         max_grad_norm: float | None = 1.0,
         checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none",
         fused_linear: bool = True,
+        cache_dequantised: bool = False,
         compile: bool = False,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -115,6 +118,7 @@ class QLoRAModule(pl.LightningModule):
         self.max_grad_norm = max_grad_norm
         self.checkpointing = checkpointing
         self.fused_linear = fused_linear
+        self.cache_dequantised = cache_dequantised
         self.compile_layers = compile
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.seed = seed
@@ -126,6 +130,12 @@ class QLoRAModule(pl.LightningModule):
             raise LabError(
                 "model.compile needs the fused linear: set model.fused_linear to true, model.bits to 4 or 16, "
                 "model.dropout to 0 and model.dora to false, or model.compile to false"
+            )
+        if cache_dequantised and not (bits == 4 and self.uses_fused_linear):
+            raise LabError(
+                "model.cache_dequantised is for the fused linear on a 4-bit base: set model.bits to 4, "
+                "model.fused_linear to true, model.dropout to 0 and model.dora to false, or model.cache_dequantised to "
+                "false"
             )
         if checkpointing == "auto":
             raise LabError("model.checkpointing: auto is for the command line, which chooses; here, name a mode")
@@ -183,6 +193,10 @@ class QLoRAModule(pl.LightningModule):
             fused=self.fused_linear,
         )
         enable_checkpointing(self.model, self.checkpointing)
+        if self.cache_dequantised:
+            from lightning_lab.models.fused_linear import keep_dequantised_weights
+
+            keep_dequantised_weights(self.model, self.compute_dtype)
         if self.compile_layers:
             compile_layers(self.model)
         self.model.train()

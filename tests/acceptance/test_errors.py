@@ -81,6 +81,7 @@ def test_nothing_left_to_learn(tiny_args: list[str], capsys: pytest.CaptureFixtu
         (["--model.bits=5"], "model.bits"),
         (["--model.compile=true", "--model.fused_linear=false"], "model.compile needs the fused linear"),
         (["--model.compile=true", "--model.dropout=0.1"], "model.compile needs the fused linear"),
+        (["--model.cache_dequantised=true", "--model.bits=16"], "model.cache_dequantised is for the fused linear"),
         (["--model.compile=true", "--model.checkpointing=offload"], "model.checkpointing: offload cannot be compiled"),
         (["--trainer.accelerator=cpu", "--model.checkpointing=offload"], "model.checkpointing: offload moves"),
         (["--model.r=0"], "model.r"),

@@ -175,6 +175,14 @@ def test_evaluation_needs_neither_gradients_nor_activations() -> None:
     assert sum(parts.values()) < sum(memory(config, settings(dtype_bytes=2, checkpointing="full"), 2048, 700).values())
 
 
+def test_kept_dequantised_weights_are_a_16_bit_base() -> None:
+    config = llama_3_2("1B")
+    off, on = (memory(config, settings(dtype_bytes=2, cached=cached), 2048, 700) for cached in (False, True))
+    linear = 973_078_528  # of Llama-3.2-1B's decoder layers: 1,235,814,400 less embeddings and norms
+    assert on.pop("dequantised weights, kept") == 2 * linear
+    assert sum(on.values()) <= sum(off.values())
+
+
 def test_modes_in_order_of_memory() -> None:
     sizes = [
         sum(memory(llama_3_2("1B"), settings(dtype_bytes=2, checkpointing=mode), 4096, 2000).values())

@@ -11,8 +11,15 @@ import torch
 from peft.tuners import lora
 from torch import nn
 
-from lightning_lab.models import qlora
-from lightning_lab.models.fused_linear import NF4, FusedLinear, FusedLinear4bit, dequantise, qlora_linear
+from lightning_lab.models import fused_linear, qlora
+from lightning_lab.models.fused_linear import (
+    NF4,
+    FusedLinear,
+    FusedLinear4bit,
+    dequantise,
+    keep_dequantised_weights,
+    qlora_linear,
+)
 from tests.models.conftest import CPU, saved_bytes, tiny_config
 
 IDS = torch.arange(3, 60)[None]
@@ -107,6 +114,22 @@ def test_dequantised_weights_are_those_of_bitsandbytes(tiny_folder: Path) -> Non
     assert weight is not None
     expected = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
     assert torch.equal(dequantise(weight, torch.float32), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_dequantised_weights_change_no_bit(
+    tiny_folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off, on = (adapt(load(tiny_folder, 4, dtype), fused=True) for _ in range(2))
+    names = list(on.state_dict())
+    keep_dequantised_weights(on, dtype)
+    (expected_loss, expected), calls = loss_and_gradients(off), []
+    monkeypatch.setattr(fused_linear, "dequantise", lambda *_: calls.append(1))
+    loss, gradients = loss_and_gradients(on)
+    assert not calls
+    assert loss == expected_loss
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+    assert list(on.state_dict()) == names  # nothing more is saved
 
 
 def test_it_keeps_less_for_the_backward_pass(tiny_folder: Path) -> None:
