@@ -1,12 +1,15 @@
 """Compiled decoder layers: one graph for all lengths, no graph breaks, the same results; what a GPU would be given."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from lightning_lab.models import qlora
@@ -166,6 +169,49 @@ def test_what_a_gpu_is_given_has_the_right_shapes() -> None:
     assert [t.grad is not None and t.grad.dtype for t in (x, a, b)] == [torch.bfloat16, torch.float32, torch.float32]
     # on CUDA an adapter's gradient is multiplied by this call; here only its signature can be tried
     assert torch.mm(meta(4, 30, grad=False), meta(30, 64, grad=False), out_dtype=torch.float32).dtype == torch.float32
+
+
+def test_what_a_gpu_would_run_is_one_graph_for_all_lengths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer in bfloat16 with variable-length attention, forward and backward, on the meta device.
+
+    A PyTorch without CUDA cannot index even a fake CUDA tensor.
+    """
+    model = adapted(folder, 16)
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    dtype = (
+                        torch.bfloat16 if tensor.dtype == torch.float32 and not tensor.requires_grad else tensor.dtype
+                    )
+                    moved = torch.empty(tensor.shape, dtype=dtype, device="meta")
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    tensors[name] = torch.nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # it knows no meta device
+    traced: list[str] = []
+
+    def keep(graph: Any, _: Any) -> Any:
+        traced.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    layer = model.get_base_model().model.layers[1]  # the first one's input needs no gradient
+    layer.compile(fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    for lengths in PACKED:
+        ids = torch.zeros(1, sum(lengths), dtype=torch.int64, device="meta")
+        borders = torch.zeros(len(lengths) + 1, dtype=torch.int32, device="meta")
+        arguments = attention_arguments(borders, lengths, varlen=True)
+        out = model.get_base_model().model(input_ids=ids, position_ids=ids, use_cache=False, **arguments)
+        assert (out.last_hidden_state.shape[1], out.last_hidden_state.dtype) == (sum(lengths), torch.bfloat16)
+        out.last_hidden_state.sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    operators = Counter(name for name in traced if name.startswith(("lightning_lab.", "torch_attn.")))
+    assert operators == {
+        "lightning_lab.qlora_linear.default": 7,
+        "lightning_lab.qlora_input_gradient.default": 7,
+        "torch_attn._varlen_attn.default": 1,
+        "torch_attn._varlen_attn_backward.default": 1,
+    }
 
 
 def test_compiling_changes_no_name_of_a_checkpoint(folder: Path) -> None:
