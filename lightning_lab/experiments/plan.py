@@ -217,12 +217,18 @@ def _kept_of_a_token(config: LlamaConfig, settings: Settings) -> int:
     if not settings.fused_linear and c == 2:  # PEFT's own layers each keep a float32 copy of their input instead
         layer += sum(4 * shapes[name][0] + 2 * settings.r for name in settings.target_modules)
         layer -= c * (2 * hidden + inner)
-    recomputed = {"none": 0, "selective": (layers + 1) // 2}.get(settings.checkpointing, layers)
-    # one hidden state for each recomputed layer, in device memory but for the one in use under offload
-    inputs = c * hidden * (1 if settings.checkpointing == "offload" else recomputed)
-    # When the last layer is one that recomputes, it does so while all the others' activations still wait.
-    once = layer if recomputed and (recomputed == layers or layers % 2) else 0
-    return 4 * hidden + (layers - recomputed) * layer + inputs + once  # and the last norm's float32 input
+    last_norm = 4 * hidden  # its float32 input
+    if settings.checkpointing == "none":
+        return layers * layer + last_norm
+    # one hidden state for each layer, in device memory but for the one in use under offload
+    inputs = c * hidden * (1 if settings.checkpointing == "offload" else layers)
+    results = layers * _kept_of_attention(config, c) if settings.checkpointing == "selective" else 0
+    return inputs + results + layer + last_norm  # and what the layer at hand made again
+
+
+def _kept_of_attention(config: LlamaConfig, dtype_bytes: int) -> int:
+    """Bytes a token of one layer's attention under ``selective``: its result and the scores' log-sum-exp."""
+    return dtype_bytes * config.num_attention_heads * config.head_dim + 4 * config.num_attention_heads
 
 
 def program_bytes() -> int:

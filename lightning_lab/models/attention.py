@@ -42,6 +42,20 @@ def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
+def attention_operators() -> list[torch._ops.OpOverload]:
+    """The operators that :func:`document_attention` comes down to on any device, for selective checkpointing."""
+    import torch.nn.attention.varlen  # registers its operator
+
+    aten = torch.ops.aten
+    return [
+        torch.ops.lightning_lab.cpu_document_attention.default,
+        torch.ops.torch_attn._varlen_attn.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    ]
+
+
 def attention_arguments(cu_seqlens: Tensor, lengths: Sequence[int], varlen: bool) -> dict[str, Any]:
     """What a model's forward needs to pass on to :func:`document_attention`, for one packed row.
 

@@ -63,8 +63,8 @@ class QLoRAModule(pl.LightningModule):
         warmup_steps: Optimizer steps over which the learning rate rises from 0; it then falls linearly to 0.
         max_grad_norm: Gradients are clipped to this norm; null for no clipping.
         checkpointing: ``none`` keeps all activations; ``full`` keeps one hidden state per layer and recomputes the
-            rest; ``selective`` does so in every second layer; ``offload`` is ``full`` with those hidden states in host
-            memory, on CUDA alone. Same results. ``auto`` (on the command line): the first of these that fits.
+            rest; ``selective`` keeps attention's result besides; ``offload`` is ``full`` with those hidden states in
+            host memory, on CUDA alone. Same results. ``auto`` (on the command line): the first of these that fits.
         fused_linear: Run each linear and its adapter as one autograd function: faster, and less memory in 16 bits. Same
             results to rounding. 8-bit bases, DoRA and training with dropout always take PEFT's own layers.
         cache_dequantised: Keep the 4-bit base dequantised in the compute dtype beside it: the same results without

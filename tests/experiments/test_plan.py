@@ -151,6 +151,8 @@ def test_activations_are_what_autograd_keeps(folder: Path, dtype: torch.dtype, f
     if checkpointing != "none":  # the layer that is recomputed is no part of what the forward pass keeps
         whole = activations(memory(model.config, settings(**options), 256, 128))
         predicted -= (whole - 256 * 4 * model.config.hidden_size) // 3
+    if checkpointing == "selective":  # held outside of autograd: results and log-sum-exps of 3 layers
+        predicted -= 3 * 256 * (256 * dtype.itemsize + 4 * 8)
     assert saved_bytes(model, forward) == pytest.approx(predicted, rel=0.03)
 
 
