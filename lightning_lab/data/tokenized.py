@@ -174,7 +174,7 @@ def _batches(rows: Rows, renderer: Renderer) -> Iterator[pa.RecordBatch]:
         [_parse(rows.rows[index]) for index in range(first, min(first + _BATCH_ROWS, len(rows)))]
         for first in range(0, len(rows), _BATCH_ROWS)
     )
-    # Searching for reference cycles, which templates make, takes a fifth of the time when it goes by the number of new
+    # Searching for reference cycles, which templates make, takes a tenth of the time when it goes by the number of new
     # objects, most of them texts and ids that are soon gone; and what torch and transformers hold need not be searched.
     enabled = gc.isenabled()
     gc.disable()

@@ -138,10 +138,9 @@ def enable_checkpointing(model: LlamaForCausalLM | PeftModel, mode: str) -> None
     Args:
         model: With or without adapters.
         mode: ``none``: all activations. ``full``: each layer's input, ``[1, T, hidden_size]``, and the rest is
-            recomputed. ``selective``: attention's result is kept too, ``[1, T, heads * head_dim]`` in each layer, and
-            all but attention is recomputed, which grows with the square of a document (selective activation
-            recomputation, arXiv:2205.05198, turned round: here attention keeps no scores). ``offload``: as ``full``,
-            and the inputs wait in pinned host memory, which only CUDA has.
+            recomputed. ``selective``: attention's result is kept too, ``[1, T, heads * head_dim]`` in each layer, so
+            that all is recomputed but attention, whose work grows with the square of a document. ``offload``: as
+            ``full``, and the inputs wait in pinned host memory, which only CUDA has.
 
     Raises:
         LabError: if the mode is unknown.
