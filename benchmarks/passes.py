@@ -53,6 +53,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "`model.compile: true`": {"compiled": True},
     "`model.cache_dequantised: true`": {"cached": True},
     "loss over all positions": {"every": 1},
+    "`model.checkpointing: selective`": {"checkpointing": "selective"},
     "`model.checkpointing: full`": {"checkpointing": "full"},
     "`model.checkpointing: full`, `model.compile: true`": {"checkpointing": "full", "compiled": True},
     "`model.compute_dtype: float32`": {"dtype": "float32"},
@@ -205,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["levers", "lengths", "llama-1b"])
     parser.add_argument("--repeats", type=int, default=2, help="processes a lever, in turns")
+    parser.add_argument("--only", nargs="+", metavar="LEVER", help="levers whose names contain one of these texts")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # what a process of its own measures
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -226,7 +228,9 @@ def main() -> None:
             losses = ", ".join(f"{loss:.3f}" for loss in r["losses"])
             print(f"| {mode} | {r['tokens']:,} | {speed:.0f} | {r['peak_rss_mib']:,.0f} | {losses} |")
     else:
-        names = LEVERS if options.what == "levers" else map(str, LENGTHS)
+        names = list(LEVERS) if options.what == "levers" else [str(length) for length in LENGTHS]
+        if options.only:
+            names = [name for name in names if any(text in name for text in options.only)]
         results = {name: [] for name in names}
         for _ in range(options.repeats):
             for name, of_name in results.items():
