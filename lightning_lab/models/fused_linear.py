@@ -101,8 +101,10 @@ class _QLoRALinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, settings: list[int], *weight: Tensor
     ) -> Tensor:
+        # Not part of the operator: when a compiled layer is recomputed, its last linear's y is needed no more, only xa.
+        xa = x @ a.to(x.dtype).T
         multiply = _multiply_op if torch.compiler.is_compiling() else _multiply
-        y, xa = multiply(x, a, b, scale, settings, weight)
+        y = multiply(x, xa, b, scale, settings, weight)
         ctx.save_for_backward(x, xa, a, b, *weight)
         ctx.scale, ctx.settings = scale, settings
         return y
@@ -122,12 +124,11 @@ class _QLoRALinear(torch.autograd.Function):
 
 
 def _multiply(
-    x: Tensor, a: Tensor, b: Tensor, scale: float, settings: Sequence[int], weight: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """``x W^T + scale (x A^T) B^T``, and ``x A^T``."""
+    x: Tensor, xa: Tensor, b: Tensor, scale: float, settings: Sequence[int], weight: Sequence[Tensor]
+) -> Tensor:
+    """``x W^T + scale xa B^T``."""
     y = x @ _full(weight, settings, x.dtype).T
-    xa = x @ a.to(x.dtype).T
-    return y.addmm_(xa, b.to(x.dtype).T, alpha=scale), xa
+    return y.addmm_(xa, b.to(x.dtype).T, alpha=scale)
 
 
 def _input_gradient(
@@ -145,8 +146,8 @@ _input_gradient_op = torch.library.custom_op("lightning_lab::qlora_input_gradien
 
 
 @_multiply_op.register_fake
-def _(x: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+def _(x: Tensor, xa: Tensor, b: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], b.shape[0])
 
 
 @_input_gradient_op.register_fake

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
@@ -170,12 +170,20 @@ def test_what_a_gpu_is_given_has_the_right_shapes() -> None:
     assert torch.mm(meta(4, 30, grad=False), meta(30, 64, grad=False), out_dtype=torch.float32).dtype == torch.float32
 
 
-def test_what_a_gpu_would_run_is_one_graph_for_all_lengths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("checkpointing", "linears", "attentions"), [("none", 7, 1), ("selective", 7 + 6, 1), ("full", 7 + 6, 2)]
+)
+def test_what_a_gpu_would_run_is_one_graph_for_all_lengths(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str, linears: int, attentions: int
+) -> None:
     """A layer in bfloat16 with variable-length attention, forward and backward, on the meta device.
 
-    A PyTorch without CUDA cannot index even a fake CUDA tensor.
+    A PyTorch without CUDA cannot index even a fake CUDA tensor. Of what is recomputed, the last linear's result is of
+    no use.
     """
     model = adapted(folder, 16)
+    model.train()
+    qlora.enable_checkpointing(model, checkpointing)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -194,7 +202,11 @@ def test_what_a_gpu_would_run_is_one_graph_for_all_lengths(folder: Path, monkeyp
         return make_boxed_func(graph.forward)
 
     layer = model.get_base_model().model.layers[1]  # the first one's input needs no gradient
-    layer.compile(fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    layer.compile(
+        fullgraph=True,
+        dynamic=True,
+        backend=aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition),
+    )
     for lengths in PACKED:
         ids = torch.zeros(1, sum(lengths), dtype=torch.int64, device="meta")
         borders = torch.zeros(len(lengths) + 1, dtype=torch.int32, device="meta")
@@ -206,9 +218,9 @@ def test_what_a_gpu_would_run_is_one_graph_for_all_lengths(folder: Path, monkeyp
     assert not counters["graph_break"]
     operators = Counter(name for name in traced if name.startswith(("lightning_lab.", "torch_attn.")))
     assert operators == {
-        "lightning_lab.qlora_linear.default": 7,
+        "lightning_lab.qlora_linear.default": linears,
         "lightning_lab.qlora_input_gradient.default": 7,
-        "torch_attn._varlen_attn.default": 1,
+        "torch_attn._varlen_attn.default": attentions,
         "torch_attn._varlen_attn_backward.default": 1,
     }
 
