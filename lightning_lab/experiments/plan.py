@@ -1,7 +1,8 @@
 """What a run will take, before any weight is loaded: steps, tokens, parameters, and peak memory part by part.
 
 Memory is counted from the model's shapes, the longest micro-batch and what each operation keeps for the backward pass.
-Nothing is fitted but `HEAP_HOLES`, on a CPU. ``benchmarks/plan.py`` sets the predictions beside measured peaks.
+Nothing is fitted but `HEAP_HOLES` and `HEAP_TRANSIENTS`, on a CPU. ``benchmarks/plan.py`` sets the predictions beside
+measured peaks.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ MIB = 2**20
 # length, and what one pass frees is cut up by small blocks that stay, so the next pass's tensors do not fit into it.
 # With SmolLM2 and 2,048 tokens, mallinfo2 counted 165 MiB of such holes in a run's first pass, 770 more in its second,
 # beside 1,336 MiB of live activations (bfloat16, checkpointing none; as many with gradients allocated beforehand). The
-# share that meets the measured peak is 0.6 with none, 0.7 with selective and 0.9 in float32. Compiled layers make fewer
-# temporary tensors among those that stay: 0.2.
+# share that meets the measured peak is 0.6 with none and 0.9 in float32. Compiled layers make fewer temporary tensors
+# among those that stay: 0.2. What one layer's pass and a chunk of logits take leaves holes as well, which is most of
+# them where little is kept: twice that meets the measured peaks of full and selective within 5 %.
 HEAP_HOLES = {"eager": 0.65, "compiled": 0.2}
+HEAP_TRANSIENTS = 2
 MMAP_THRESHOLD = 32 * MIB  # glibc returns freed blocks from this size on (M_MMAP_THRESHOLD_MAX); the heap keeps others
 MEMORY_SHARE = 0.85  # of the free memory is what `auto` takes: predictions are within 10 % of the measured peaks
 
@@ -169,8 +172,8 @@ def memory(
     if settings.cached:
         parts["dequantised weights, kept"] = linear * c
     rows = min(supervised, chunk_rows(config.vocab_size, "cpu" if cpu else "cuda"))
-    # compiled: no float32 copy, but the softmax beside the logits; both only in training
-    chunk = c * (1 + training) if settings.compiled else 4 if c == 4 else 4 + c
+    # logits, in training their softmax, and if not compiled a float32 copy
+    chunk = c * (1 + training) if settings.compiled else 4 if c == 4 else 4 + c * (1 + training)
     logits = rows * config.vocab_size * chunk + 2 * supervised * hidden * c
     kept = 0
     if training:
@@ -193,7 +196,8 @@ def memory(
             sizes = [c * i * o for i, o in shapes.values()]
             parts["left by quantising"] = layers * sum(size for size in sizes if size < MMAP_THRESHOLD)
         if kept:
-            parts["holes in the heap"] = int(HEAP_HOLES["compiled" if settings.compiled else "eager"] * kept)
+            share = HEAP_HOLES["compiled" if settings.compiled else "eager"]
+            parts["holes in the heap"] = int(share * kept) + HEAP_TRANSIENTS * (passing + logits)
     return parts
 
 
