@@ -128,7 +128,7 @@ def _parse_turns(turns: Any, key: str) -> list[Message]:
         raise RowError(f"'{key}' is empty")
     messages = []
     for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict | Mapping):  # asking for Mapping takes longer than all the rest of a turn
+        if not isinstance(turn, dict | Mapping):  # asking for Mapping alone is slow
             raise RowError(f"turn {number} must be an object, found {_kind(turn)}")
         role = turn.get("from") if turn.get("from") is not None else turn.get("role")
         content = turn.get("value") if turn.get("value") is not None else turn.get("content")
