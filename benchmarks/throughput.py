@@ -40,6 +40,12 @@ BACKENDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "unsloth-8x1": ("unsloth_sft.py", "unsloth", {"micro_batch": 8}),
     "lightning_lab-cache": ("lab.py", "lightning_lab", {"set": ["model.cache_dequantised=true"]}),
     "lightning_lab-compile": ("lab.py", "lightning_lab", {"set": ["model.compile=true"]}),
+    "lightning_lab-selective": ("lab.py", "lightning_lab", {"set": ["model.checkpointing=selective"]}),
+    "lightning_lab-selective-compile": (
+        "lab.py",
+        "lightning_lab",
+        {"set": ["model.checkpointing=selective", "model.compile=true"]},
+    ),
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {"base": "embedded", "source": "chitchat", "conversations": 400, "steps": 8, "checkpointing": "none"},
