@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -13,11 +14,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning.pytorch as pl
 import torch
 
+from lightning_lab.errors import LabError
 from lightning_lab.training.evaluation import Evaluation
 from lightning_lab.training.module import QLoRAModule
 
@@ -89,14 +91,21 @@ class RunRecord(pl.Callback):
         self.checkpoint = checkpoint
         self.clock = clock
         self.metrics = MetricsFile(run_dir / "metrics.csv")
+        self._lock: IO[str] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write config and environment; on resume forget the rows after the checkpoint."""
+        """Write config and environment; on resume forget the rows after the checkpoint.
+
+        Raises:
+            LabError: Another process trains this run.
+
+        """
         assert isinstance(pl_module, QLoRAModule)
         if not trainer.is_global_zero:
             return
         # not earlier: a run that fails before it trains leaves nothing
         (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self._lock = lock_run(self.run_dir)
         in_place = self.checkpoint is not None and (self.run_dir / "config.yaml").exists()
         if not in_place:
             write_text(self.run_dir / "config.yaml", self.config)
@@ -139,6 +148,12 @@ class RunRecord(pl.Callback):
         write_loss_table(self.run_dir)
         draw_curve(self.metrics.read(), self.run_dir / "loss_curve.png", self.run_dir.name)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the run go."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
 
 class MetricsFile:
     """``metrics.csv``: one row per optimizer step, one per validation, each written whole and at once."""
@@ -167,6 +182,22 @@ class MetricsFile:
         if self.path.exists():
             kept = [",".join(row[c] for c in COLUMNS) for row in self.read() if int(row["step"]) <= step]
             write_text(self.path, "\n".join([",".join(COLUMNS), *kept]) + "\n")
+
+
+def lock_run(run_dir: Path) -> IO[str]:
+    """Hold a run for as long as the returned file is open and this process lives, which tells reports that it runs.
+
+    Raises:
+        LabError: Another process holds it.
+
+    """
+    file = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise LabError(f"{run_dir}: another process is training this run; wait for it, or stop it first") from None
+    return file
 
 
 def validation_row(result: Evaluation) -> dict[str, float]:
