@@ -8,6 +8,8 @@ COMMANDS = {
     "test": "evaluate the held-out test split of a run: --ckpt_path best, last, base or a file",
     "predict": "write answers for a split or a file to JSONL",
     "plan": "before any weight is loaded: steps, tokens, trainable parameters, predicted peak memory by part",
+    "sweep": "run a grid or a search of settings, resumable: sweep --config lab_grid.yaml",
+    "report": "the lab's tables, a ranking, curves and comparisons of runs, finished or not: report RUN...",
     "preview": "show conversations as the model sees them, trained tokens marked",
 }
 
@@ -42,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"error: unknown command {argv[0]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if argv[0] == "report":  # it reads files alone: no torch, which takes seconds to import
+        from lightning_lab.experiments.report import main as report
+
+        return report(argv[1:])
     from lightning_lab.cli import run
 
     return run(argv[0], argv[1:])

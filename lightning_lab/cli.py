@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_lab.configs_lookup import DEFAULTS, configs_dir, resolve_configs
 from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.errors import LabError
+from lightning_lab.experiments.sweep import Point, Sweep, SweepSettings
 from lightning_lab.training.callbacks.checkpoints import Checkpoints, read_checkpoint
 from lightning_lab.training.callbacks.predictions import PredictionWriter
 from lightning_lab.training.callbacks.progress import RunProgress
 from lightning_lab.training.callbacks.record import MetricsFile, RunRecord, StepClock, write_loss_table, write_text
 from lightning_lab.training.callbacks.samples import Samples
 from lightning_lab.training.module import QLoRAModule
-from lightning_lab.training.rundir import BASE, RunPaths, newest_run, resolve_run
+from lightning_lab.training.rundir import BASE, RUNS, RunPaths, newest_run, resolve_run
 
 # Trainer settings that something of the lab's replaces, and what to set instead.
 REFUSED = {
@@ -56,7 +58,7 @@ REFUSED = {
     "enable_checkpointing": "set checkpoint_every_steps",
     "barebones": "set trainer.logger to false and samples to 0",
 }
-WITHOUT_TRAINER = ("plan", "preview")  # they parse the same keys
+WITHOUT_TRAINER = ("plan", "preview", "sweep")  # they parse the same keys
 STRATEGIES = ("auto", "ddp")
 AUTO_KEYS = ("model.checkpointing", "data.micro_batch_tokens", "data.eval_micro_batch_tokens")
 CHOSEN = "LIGHTNING_LAB_AUTO"  # environment variable in which the processes of a run find what `auto` stands for
@@ -110,6 +112,8 @@ class LabCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed")
         if self.command == "plan":
             parser.add_argument("--json", action="store_true", help="One JSON object, sizes in bytes.")
+        if self.command == "sweep":
+            parser.add_class_arguments(SweepSettings, "sweep")
         if self.command == "preview":
             parser.add_argument("--json", action="store_true", help="One JSON object a conversation.")
             parser.add_argument("--limit", type=int, default=3, help="How many conversations to show.")
@@ -153,6 +157,8 @@ class LabCLI(LightningCLI):
         for key in ("val_every_steps", "checkpoint_every_steps", "early_stopping"):
             if settings[key] is not None and settings[key] < 1:
                 raise LabError(f"{key} is {settings[key]}; it must be at least 1")
+        if self.command == "sweep":
+            return
         if self.command in WITHOUT_TRAINER:
             self._resolve_auto(None)
             return
@@ -236,10 +242,15 @@ class LabCLI(LightningCLI):
 
     def _config_text(self) -> str:
         config = self.settings.clone()
-        for key in ("ckpt_path", "weights_only", "config", "output"):
+        for key in ("ckpt_path", "weights_only", "config", "output", "sweep"):
             config.pop(key, None)
         # null is a setting too: left out, it would be read back as the default
         return self._parser(self.subcommand).dump(config, skip_link_targets=True, skip_none=False)
+
+    def instantiate_classes(self) -> None:
+        """A sweep has no run of its own."""
+        if self.command != "sweep":
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with the lab's callbacks; TensorBoard beside the run's record unless another logger is set."""
@@ -466,6 +477,8 @@ def run(command: str, argv: list[str]) -> int:
             _preview(cli)
         if command == "plan":
             _plan(cli)
+        if command == "sweep":
+            return _sweep(cli)
     except LabError as error:
         return _fail(str(error))
     except ArgumentError as error:
@@ -512,6 +525,52 @@ def _plan(cli: LabCLI) -> None:
         known_speed(MetricsFile(earlier / "metrics.csv").read()) if earlier else None,
     )
     print(json.dumps(planned, indent=2) if settings.json else show(planned))
+
+
+def _sweep(cli: LabCLI) -> int:
+    from lightning_lab.experiments.report import write_report
+    from lightning_lab.models.base import fetch
+
+    directory = Path(cli.settings.run_dir or RUNS / cli.name)
+    cli.settings.run_dir = None
+
+    def parse(point: Point) -> Any:
+        try:
+            settings = cli.parser.parse_args([*cli.arguments, *point.flags])
+        except ArgumentError as error:
+            raise LabError(f"sweep, run {point.name}: {_parser_message(error)}") from None
+        refuse_trainer_settings(settings.trainer)
+        settings.trainer.logger = False
+        for key in AUTO_KEYS:  # each run chooses for itself
+            if settings[key] == "auto":
+                settings[key] = "none" if key == "model.checkpointing" else settings.data.max_length
+        return settings
+
+    def resolve(point: Point) -> Point:
+        settings = parse(point)
+        cli.parser.instantiate_classes(settings)  # model and data check their settings; nothing is loaded
+        return Point(point.name, {key: plain(settings[key]) for key in point.settings})
+
+    def plain(value: Any) -> Any:
+        return json.loads(json.dumps(value, default=str))
+
+    def prepare(points: Sequence[Point]) -> None:
+        done = set()
+        for point in points or [Point("", {})]:
+            settings = parse(point)
+            prepared = cli.parser.instantiate_classes(settings).data
+            fetch(settings.model.base)
+            key = json.dumps([settings.data.as_dict(), settings.model.base], default=str)
+            if key not in done:
+                prepared.prepare(progress=True)
+            done.add(key)
+
+    sweep = Sweep(directory, SweepSettings(**vars(cli.settings.sweep)), cli._config_text(), resolve, prepare)
+    status = sweep.run()
+    report = write_report([directory], directory)
+    print(report.ranking)
+    _say(f"written: {directory}/report.md, report.html")
+    return status
 
 
 def _use_config_of_run(command: str, args: list[str], files: list[Path]) -> tuple[list[str], list[Path]]:

@@ -103,6 +103,16 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     raise LabError(f"model.base: the tokenizer of {source} has no padding and no end-of-sequence token; set pad_token")
 
 
+def fetch(source: str) -> None:
+    """Convert or download a base model now, weights included, so that no run of several has to.
+
+    Raises:
+        LabError: as `load_config`.
+
+    """
+    _folder(source, weights=True)
+
+
 def load_base(
     source: str,
     *,
