@@ -528,7 +528,6 @@ def _plan(cli: LabCLI) -> None:
 
 
 def _sweep(cli: LabCLI) -> int:
-    from lightning_lab.experiments.report import write_report
     from lightning_lab.models.base import fetch
 
     directory = Path(cli.settings.run_dir or RUNS / cli.name)
@@ -567,6 +566,8 @@ def _sweep(cli: LabCLI) -> int:
 
     sweep = Sweep(directory, SweepSettings(**vars(cli.settings.sweep)), cli._config_text(), resolve, prepare)
     status = sweep.run()
+    from lightning_lab.experiments.report import write_report
+
     report = write_report([directory], directory)
     print(report.ranking)
     _say(f"written: {directory}/report.md, report.html")

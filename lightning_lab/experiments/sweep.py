@@ -185,7 +185,8 @@ class Sweep:
         settings: Which runs it consists of.
         base: The resolved config that every run starts from, as YAML text.
         resolve: Checks one point's flags and returns its settings as the config has them (``"1e-4"`` as a number).
-        prepare: Called once with all points known so far, before the first trial: data and base go into the cache.
+        prepare: Called with a grid's points before the first trial, so that data and base are made ready once.
+        program: The command line that runs one command.
 
     Raises:
         LabError: Bad settings, or the directory holds something else.
@@ -199,12 +200,14 @@ class Sweep:
         base: str,
         resolve: Callable[[Point], Point],
         prepare: Callable[[Sequence[Point]], None],
+        program: Sequence[str] = (sys.executable, "-m", "lightning_lab"),
     ) -> None:
         self.directory = directory
         self.settings = settings
         self.base = base
         self.resolve = resolve
         self.prepare = prepare
+        self.program = program
         self._received: int | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._study: optuna.Study
@@ -537,7 +540,7 @@ class Sweep:
 
         """
         log = self.directory / "logs" / f"{name}.log"
-        command = [sys.executable, "-m", "lightning_lab", *arguments]
+        command = [*self.program, *arguments]
         held = [file.fileno() for file in (self._locks.get(number),) if file is not None]
         with log.open("ab") as output, log.open("rb") as tail:
             output.write(f"$ {' '.join(command[1:])}\n".encode())
