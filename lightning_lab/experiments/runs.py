@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import yaml
@@ -22,10 +22,13 @@ import yaml
 from lightning_lab.errors import LabError
 
 State = Literal["empty", "running", "stopped", "finished"]
+TrialState = Literal["waiting", "running", "complete", "pruned", "failed"]
 SWEEP_FILE = "sweep.json"  # what makes a directory a sweep's; its runs are in TRIALS
 TRIALS = "trials"
 LOCK_FILE = ".lock"  # `fit` holds an flock on it for as long as it lives
+REPORT_FILES = ("report.md", "report.html", "losses.png")  # written by `report`; they make no directory a run's
 RUN_FILES = ("config.yaml", "environment.json", "metrics.csv")
+SEED = "seed_everything"  # runs that differ in nothing else are one setting over seeds
 # Where a run writes its results, and with what it names its parts; never what makes one run differ from another.
 UNCOMPARED = ("run_dir", "trainer.default_root_dir")
 
@@ -146,16 +149,13 @@ class Run:
                 f"--ckpt_path {ckpt}`"
             )
         rows, losses, tokens = [], [], []
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                try:
-                    rows.append(int(row["row"]))
-                    losses.append(float(row["loss"]))
-                    tokens.append(int(row["supervised_tokens"]))
-                except (KeyError, TypeError, ValueError):
-                    raise LabError(
-                        f"{path} line {len(rows) + 2}: needs row, loss and supervised_tokens; evaluate again"
-                    ) from None
+        for line, row in enumerate(csv.DictReader(_lines(path)), start=2):
+            try:
+                rows.append(int(row["row"]))
+                losses.append(float(row["loss"]))
+                tokens.append(int(row["supervised_tokens"]))
+            except (KeyError, TypeError, ValueError):
+                raise LabError(f"{path} line {line}: needs row, loss and supervised_tokens; evaluate again") from None
         if not rows:
             raise LabError(f"{path}: holds no conversation; evaluate again")
         return Examples(np.array(rows), np.array(losses), np.array(tokens))
@@ -172,6 +172,9 @@ def read_run(path: Path) -> Run:
         raise LabError(f"{path}: no such run directory")
     config = _config(path / "config.yaml")
     environment = _json(path / "environment.json")
+    total = environment.get("total_steps")
+    if not isinstance(total, int | None):
+        raise LabError(f"{path / 'environment.json'}: total_steps is {total!r}; the run directory is damaged")
     train, validation = _metrics(path / "metrics.csv")
     evaluations = {
         file.stem: _evaluation(file)
@@ -180,21 +183,72 @@ def read_run(path: Path) -> Run:
         if file.is_file()
     }
     if not (config or environment or train or validation or evaluations):
-        if any(entry.name not in (LOCK_FILE, "checkpoints", "tensorboard") for entry in path.iterdir()):
+        if any(entry.name not in (LOCK_FILE, "checkpoints", "tensorboard", *REPORT_FILES) for entry in path.iterdir()):
             raise LabError(f"{path}: is not a run directory (it has none of {', '.join(RUN_FILES)})")
         state: State = "running" if is_locked(path / LOCK_FILE) else "empty"
     elif is_locked(path / LOCK_FILE):
         state = "running"
     else:
-        total = environment.get("total_steps")
         done = bool(validation) and total is not None and validation[-1]["step"] >= total
         state = "finished" if done or _stopped_early(validation, config.get("early_stopping")) else "stopped"
     name = path.name or path.resolve().name
     return Run(path, name, config, environment, train, validation, evaluations, state)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep, as ``sweep.json`` has it.
+
+    Attributes:
+        number: From 0, in the order in which they were planned.
+        name: The run's name.
+        run: Its directory; one that has not begun, or failed early, has none.
+        state: What the sweep made of it.
+        settings: What it sets, by dotted config key.
+        value: Its lowest validation loss, once complete.
+        error: Why it failed.
+
+    """
+
+    number: int
+    name: str
+    run: Path
+    state: TrialState
+    settings: Mapping[str, Any]
+    value: float | None
+    error: str | None
+
+
+def read_sweep(directory: Path) -> list[Trial]:
+    """Read the trials of a sweep's directory.
+
+    Raises:
+        LabError: ``sweep.json`` is missing or damaged (names the trial).
+
+    """
+    path = directory / SWEEP_FILE
+    trials = _json(path).get("trials")
+    if not isinstance(trials, list):
+        raise LabError(f"{path}: lists no trials; the sweep's directory is damaged")
+    found = []
+    for position, trial in enumerate(trials):
+        try:
+            state = trial["state"]
+            if state not in get_args(TrialState):
+                raise ValueError
+            run = directory / trial["run"]
+            rest = trial.get("settings") or {}, trial.get("value"), trial.get("error")
+            found.append(Trial(int(trial["number"]), str(trial["name"]), run, state, *rest))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise LabError(
+                f"{path} trial {position}: needs number, name, run and a state of {', '.join(get_args(TrialState))}; "
+                "the sweep's directory is damaged"
+            ) from None
+    return found
+
+
 def run_directories(paths: Sequence[Path]) -> list[Path]:
-    """Expand what a report is asked for: a sweep's directory stands for its trials, a folder of runs for those in it.
+    """Expand what a report is asked for: a sweep stands for its trials, a folder for the runs and sweeps in it.
 
     Raises:
         LabError: A path does not exist, or holds neither a run nor runs.
@@ -210,8 +264,8 @@ def run_directories(paths: Sequence[Path]) -> list[Path]:
         elif any((path / name).exists() for name in RUN_FILES):
             found.append(path)
         else:
-            inner = sorted(e for e in path.iterdir() if e.is_dir() and any((e / name).exists() for name in RUN_FILES))
-            found += inner or [path]
+            inner = [e for e in sorted(path.iterdir()) if any((e / name).exists() for name in (*RUN_FILES, SWEEP_FILE))]
+            found += run_directories(inner) if inner else [path]
     return list(dict.fromkeys(found))
 
 
@@ -276,6 +330,13 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines(keepends=True)
+    except UnicodeDecodeError:
+        raise LabError(f"{path}: is not text; the run directory is damaged") from None
+
+
 def _evaluation(path: Path) -> dict[str, Any]:
     content = _json(path)
     split = path.stem.removesuffix("-base")
@@ -289,10 +350,7 @@ def _metrics(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]
     """Rows with a training loss and rows with a validation loss, less a last line that is still being written."""
     if not path.is_file():
         return [], []
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-    except UnicodeDecodeError:
-        raise LabError(f"{path}: is not text; the run directory is damaged") from None
+    lines = _lines(path)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     train: list[dict[str, float]] = []
@@ -319,5 +377,5 @@ def _stopped_early(validation: Sequence[Mapping[str, float]], patience: int | No
     """Whether the last ``patience`` validations brought no lower loss."""
     if not patience or not validation:
         return False
-    losses = [row["val_loss"] for row in validation]
+    losses = [row["val_loss"] if math.isfinite(row["val_loss"]) else math.inf for row in validation]
     return len(losses) - 1 - losses.index(min(losses)) >= patience

@@ -192,12 +192,14 @@ def lock_run(run_dir: Path) -> IO[str]:
 
     """
     file = (run_dir / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise LabError(f"{run_dir}: another process is training this run; wait for it, or stop it first") from None
-    return file
+    for _ in range(20):  # a report that looks whether the run is held has the lock itself for a moment
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            time.sleep(0.05)
+    file.close()
+    raise LabError(f"{run_dir}: another process is training this run; wait for it, or stop it first")
 
 
 def validation_row(result: Evaluation) -> dict[str, float]:

@@ -1,0 +1,395 @@
+"""Run directories in every state that ``fit`` can leave them in, and every damage, written here by hand."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_lab.errors import LabError
+from lightning_lab.experiments.runs import (
+    differing_settings,
+    flatten,
+    is_locked,
+    read_run,
+    read_sweep,
+    run_directories,
+)
+
+HEADER = (
+    "step,epoch,train_loss,grad_norm,lr,tokens,supervised_tokens,padded_tokens,tokens_per_second,peak_memory_mib,"
+    "val_loss,val_loss_hf,val_token_accuracy,val_perplexity"
+)
+CONFIG: dict[str, Any] = {
+    "seed_everything": 3407,
+    "trainer": {"max_epochs": 1, "default_root_dir": "somewhere"},
+    "model": {"lr": 2e-4, "r": 16, "alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "data": {"source": "embedded", "rows": None},
+    "early_stopping": None,
+    "run_dir": "runs/a",
+}
+
+
+def train_row(step: int, loss: float, tokens: int = 100, speed: float = 50.0, memory: float = 7.0) -> str:
+    return f"{step},0.5,{loss!r},0.4,0.0001,{tokens},60,{tokens},{speed!r},{memory!r},,,,\n"
+
+
+def validation_row(step: int, loss: float, hf: float = 9.0) -> str:
+    return f"{step},,,,,,,,,,{loss!r},{hf!r},0.5,{math.exp(min(loss, 700))!r}\n"
+
+
+def write_run(
+    path: Path, rows: list[str] | None = None, *, total: int | None = None, environment: Any = None, **settings: Any
+) -> Path:
+    """A run directory with a config (settings by dotted key, ``__`` for the dot), the rows and ``total`` steps."""
+    path.mkdir(parents=True)
+    config = json.loads(json.dumps(CONFIG))
+    for key, value in settings.items():
+        *groups, last = key.split("__")
+        place = config
+        for group in groups:
+            place = place[group]
+        place[last] = value
+    (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    if rows is not None:
+        (path / "metrics.csv").write_text(HEADER + "\n" + "".join(rows))
+    record = {"trainable_parameters": 9_768_960, "total_steps": total, **(environment or {})}
+    (path / "environment.json").write_text(json.dumps(record))
+    return path
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process holds the run, as ``fit`` does."""
+    code = (
+        "import fcntl, sys\n"
+        f"file = open({str(path / '.lock')!r}, 'w')\n"
+        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class TestState:
+    def test_finished(self, tmp_path: Path) -> None:
+        run = read_run(
+            write_run(tmp_path / "a", [train_row(1, 2.0), train_row(2, 1.0), validation_row(2, 1.5)], total=2)
+        )
+        assert (run.state, run.described_state, run.step, run.total_steps) == ("finished", "finished, 2 steps", 2, 2)
+        assert run.name == "a"
+        assert run.trainable_parameters == 9_768_960
+
+    def test_without_its_last_validation_it_is_not_finished(self, tmp_path: Path) -> None:
+        rows = [train_row(1, 2.0), validation_row(1, 1.5), train_row(2, 1.0)]
+        assert read_run(write_run(tmp_path / "a", rows, total=2)).described_state == "stopped at step 2 of 2"
+
+    @pytest.mark.parametrize(
+        ("losses", "state", "words"),
+        [
+            ([1.0, 0.9, 0.95, 0.92], "finished", "finished early at step 4 of 1,000"),
+            ([1.0, 0.9, 0.9, 0.9], "finished", "finished early at step 4 of 1,000"),  # equal is not lower
+            ([1.0, 0.9, 0.95, 0.89], "stopped", "stopped at step 4 of 1,000"),
+            ([1.0, 0.9, 0.95], "stopped", "stopped at step 3 of 1,000"),
+            ([math.nan, 0.9, 0.8], "stopped", "stopped at step 3 of 1,000"),
+        ],
+    )
+    def test_early_stopping_after_two(self, tmp_path: Path, losses: list[float], state: str, words: str) -> None:
+        rows = [validation_row(step, loss) for step, loss in enumerate(losses, start=1)]
+        run = read_run(write_run(tmp_path / "a", rows, total=1000, early_stopping=2))
+        assert (run.state, run.described_state) == (state, words)
+
+    def test_running_while_another_process_holds_it_and_stopped_when_that_is_killed(self, tmp_path: Path) -> None:
+        path = write_run(tmp_path / "a", [train_row(1, 2.0), train_row(2, 2.0), train_row(3, 2.0)], total=10)
+        with locked(path):
+            run = read_run(path)
+            assert (run.state, run.described_state) == ("running", "running at step 3 of 10")
+            assert read_run(path).state == "running"
+        run = read_run(path)
+        assert (run.state, run.described_state) == ("stopped", "stopped at step 3 of 10")
+        with locked(path):  # looking took the lock from nobody
+            assert is_locked(path / ".lock")
+
+    def test_a_lock_file_that_nobody_holds(self, tmp_path: Path) -> None:
+        path = write_run(tmp_path / "a", [train_row(1, 2.0)], total=10)
+        (path / ".lock").touch()
+        assert not is_locked(path / ".lock")
+        assert not is_locked(path / "none")
+        assert read_run(path).state == "stopped"
+
+    def test_empty(self, tmp_path: Path) -> None:
+        assert read_run(tmp_path).described_state == "empty: nothing recorded yet"
+        (tmp_path / "checkpoints").mkdir()
+        with locked(tmp_path):
+            assert read_run(tmp_path).described_state == "running at step 0"
+        run = read_run(tmp_path)
+        assert run.state == "empty"
+        assert (run.best, run.losses, run.seconds, run.tokens_per_second, run.peak_memory_mib) == (
+            None,
+            [],
+            0,
+            None,
+            None,
+        )
+
+    def test_config_only(self, tmp_path: Path) -> None:
+        (tmp_path / "config.yaml").write_text("model: {lr: 1.0e-4}\n")
+        run = read_run(tmp_path)
+        assert (run.state, run.described_state, run.total_steps) == ("stopped", "stopped at step 0", None)
+        assert run.config == {"model.lr": 1e-4}
+
+    def test_a_header_alone(self, tmp_path: Path) -> None:
+        assert read_run(write_run(tmp_path / "a", [], total=5)).described_state == "stopped at step 0 of 5"
+
+
+class TestDamage:
+    @pytest.mark.parametrize(
+        ("file", "content", "message"),
+        [
+            ("config.yaml", "model: [", r"config\.yaml: is not a config"),
+            ("config.yaml", "- 1\n", r"config\.yaml: is not a config"),
+            ("config.yaml", b"\xff\xfe\x00", r"config\.yaml: is not a config"),
+            ("environment.json", '{"total', r"environment\.json: is not a JSON object"),
+            ("environment.json", "[]", r"environment\.json: is not a JSON object"),
+            ("environment.json", b"\xff", r"environment\.json: is not a JSON object"),
+            ("environment.json", '{"total_steps": "all"}', r"environment\.json: total_steps is 'all'"),
+            ("metrics.csv", b"\xff\xfe\n", r"metrics\.csv: is not text"),
+            (
+                "metrics.csv",
+                "step,loss\n1,2\n",
+                r"metrics\.csv line 1: lacks the columns step, train_loss and val_loss",
+            ),
+            ("metrics.csv", f"{HEADER}\n1,2,3\n", r"metrics\.csv line 2: is not a row of numbers"),
+            (
+                "metrics.csv",
+                f"{HEADER}\n{train_row(1, 2.0)}{train_row(2, 2.0)[:9]}\n{train_row(3, 2.0)}",
+                r"metrics\.csv line 3: is not a row of numbers",
+            ),
+            (
+                "metrics.csv",
+                f"{HEADER}\n{train_row(1, 2.0).replace('2.0', 'two')}",
+                r"metrics\.csv line 2: is not a row",
+            ),
+            (
+                "metrics.csv",
+                f"{HEADER}\n{train_row(1, 2.0)}\n{train_row(2, 2.0)}",
+                r"metrics\.csv line 3: is not a row",
+            ),
+            ("metrics.csv", f"{HEADER}\n{train_row(1, 2.0)[1:]}", r"metrics\.csv line 2: has no step or no loss"),
+            ("metrics.csv", f"{HEADER}\n1{',' * 13}\n", r"metrics\.csv line 2: has no step or no loss"),
+            (
+                "metrics.csv",
+                f"{HEADER}\n{train_row(1, 2.0)}{train_row(2, 2.0)}{train_row(2, 2.0)}",
+                r"metrics\.csv line 4: step 2 comes twice",
+            ),
+            ("test.json", '{"test_loss": 1.0}', r"test\.json: lacks one of test_loss, test_perplexity, test_token_acc"),
+            ("test.json", '{"test_loss": 1', r"test\.json: is not a JSON object"),
+            ("validation-base.json", "{}", r"validation-base\.json: lacks one of validation_loss"),
+        ],
+    )
+    def test_is_named_with_file_and_line(self, tmp_path: Path, file: str, content: str | bytes, message: str) -> None:
+        path = write_run(tmp_path / "a", [train_row(1, 2.0)], total=5)
+        (path / file).write_bytes(content.encode() if isinstance(content, str) else content)
+        with pytest.raises(LabError, match=rf"^{path}/{message}"):
+            read_run(path)
+
+    def test_not_a_run(self, tmp_path: Path) -> None:
+        with pytest.raises(LabError, match=rf"^{tmp_path}/none: no such run directory"):
+            read_run(tmp_path / "none")
+        (tmp_path / "notes.txt").touch()
+        with pytest.raises(LabError, match=rf"^{tmp_path}: is not a run directory"):
+            read_run(tmp_path)
+
+
+def test_a_last_line_that_is_being_written_is_left_out_wherever_it_is_cut(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", [], total=5)
+    whole = HEADER + "\n" + train_row(1, 2.0)
+    last = validation_row(1, 1.25)
+    for cut in range(len(last)):
+        (path / "metrics.csv").write_text(whole + last[:cut])
+        run = read_run(path)
+        assert [row["step"] for row in run.train] == [1]
+        assert not run.validation
+    (path / "metrics.csv").write_text(whole + last)
+    assert [row["val_loss"] for row in read_run(path).validation] == [1.25]
+    for cut in range(len(HEADER)):
+        (path / "metrics.csv").write_text(HEADER[:cut])
+        assert read_run(path).step == 0
+
+
+class TestNumbers:
+    def test_losses_by_hand(self, tmp_path: Path) -> None:
+        rows = [
+            *(train_row(1, 4.0), train_row(2, 2.0), validation_row(2, 3.5)),
+            *(train_row(3, 1.0), train_row(4, 2.0), train_row(5, 6.0), validation_row(5, 2.5)),
+            *(validation_row(6, 2.75), train_row(7, 9.0)),
+        ]
+        run = read_run(write_run(tmp_path / "a", rows, total=9))
+        assert run.losses == [(2, 3.0, 3.5), (5, 3.0, 2.5), (6, None, 2.75)]
+        assert run.step == 7
+
+    def test_the_best_is_the_first_of_equal_ones_and_finite(self, tmp_path: Path) -> None:
+        losses = [math.nan, 2.0, 1.5, 1.5, 1.75]
+        rows = [validation_row(step, loss) for step, loss in enumerate(losses, start=1)]
+        best = read_run(write_run(tmp_path / "a", rows)).best
+        assert best is not None
+        assert (best["step"], best["val_loss"]) == (3, 1.5)
+        assert read_run(write_run(tmp_path / "b", [validation_row(1, math.inf)])).best is None
+
+    def test_time_speed_and_memory_by_hand(self, tmp_path: Path) -> None:
+        # 100 tokens at 50/s are 2 s, 300 at 100/s are 3 s: 400 tokens in 5 s
+        rows = [train_row(1, 2.0, 100, 50.0, 700.0), train_row(2, 2.0, 300, 100.0, 900.5), validation_row(2, 1.0)]
+        run = read_run(write_run(tmp_path / "a", rows))
+        assert (run.seconds, run.tokens_per_second, run.peak_memory_mib) == (5.0, 80.0, 900.5)
+
+    def test_evaluations(self, tmp_path: Path) -> None:
+        path = write_run(tmp_path / "a", [])
+        for split, name in (("test", "test"), ("validation", "validation-base")):
+            record = {f"{split}_loss": 1.0, f"{split}_perplexity": 2.7, f"{split}_token_accuracy": 0.5}
+            (path / f"{name}.json").write_text(json.dumps(record))
+        (path / "other.json").write_text("nonsense")
+        assert set(read_run(path).evaluations) == {"test", "validation-base"}
+
+
+class TestExamples:
+    def test_in_split_order(self, tmp_path: Path) -> None:
+        path = write_run(tmp_path / "a", [])
+        (path / "test_examples.csv").write_text("row,loss,supervised_tokens\n257,3.5,52\n148,4.25,49\n")
+        examples = read_run(path).examples("test")
+        assert examples.rows.tolist() == [257, 148]
+        assert examples.loss.tolist() == [3.5, 4.25]
+        assert examples.tokens.tolist() == [52, 49]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (
+                "row,loss,supervised_tokens\n1,2.0,3\n2,x,3\n",
+                r"test_examples\.csv line 3: needs row, loss and supervised",
+            ),
+            (
+                "row,loss,supervised_tokens\n1,2.0\n",
+                r"test_examples\.csv line 2: needs row, loss and supervised_tokens",
+            ),
+            ("row,loss\n1,2.0\n", r"test_examples\.csv line 2: needs row, loss and supervised_tokens"),
+            ("row,loss,supervised_tokens\n", r"test_examples\.csv: holds no conversation"),
+            ("", r"test_examples\.csv: holds no conversation"),
+            (b"row,loss,supervised_tokens\n\xff", r"test_examples\.csv: is not text"),
+        ],
+    )
+    def test_damage(self, tmp_path: Path, content: str | bytes, message: str) -> None:
+        path = write_run(tmp_path / "a", [])
+        (path / "test_examples.csv").write_bytes(content.encode() if isinstance(content, str) else content)
+        with pytest.raises(LabError, match=rf"^{path}/{message}"):
+            read_run(path).examples("test")
+
+    @pytest.mark.parametrize(
+        ("split", "command"),
+        [
+            ("test", "test --run_dir RUN --ckpt_path best"),
+            ("test-base", "test --run_dir RUN --ckpt_path base"),
+            ("validation", "validate --run_dir RUN --ckpt_path best"),
+        ],
+    )
+    def test_a_split_without_evaluation_is_named_with_the_command(
+        self, tmp_path: Path, split: str, command: str
+    ) -> None:
+        path = write_run(tmp_path / "a", [])
+        with pytest.raises(LabError, match=command.replace("RUN", str(path))):
+            read_run(path).examples(split)
+
+
+class TestSettings:
+    def test_flatten(self) -> None:
+        nested = {"a": {"b": {"c": 1}, "d": [1, {"e": 2}], "f": {}}, "g": None}
+        assert flatten(nested) == {"a.b.c": 1, "a.d": [1, {"e": 2}], "a.f": {}, "g": None}
+
+    def test_those_that_differ_in_the_configs_order(self, tmp_path: Path) -> None:
+        runs = [
+            read_run(write_run(tmp_path / "a", run_dir="runs/a")),
+            read_run(write_run(tmp_path / "b", run_dir="runs/b", model__r=32, seed_everything=1)),
+            read_run(write_run(tmp_path / "c", run_dir="runs/c", model__target_modules=["q_proj"])),
+        ]
+        assert differing_settings(runs) == ["seed_everything", "model.r", "model.target_modules"]
+        assert differing_settings(runs[:1]) == []
+        assert differing_settings([]) == []
+
+    def test_a_run_without_config_differs_in_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "b").mkdir()
+        assert differing_settings([read_run(write_run(tmp_path / "a")), read_run(tmp_path / "b")]) == []
+
+
+class TestDirectories:
+    def test_a_run_a_folder_and_a_sweep(self, tmp_path: Path) -> None:
+        for name in ("b", "a"):
+            write_run(tmp_path / "runs" / name)
+        (tmp_path / "runs" / "report").mkdir()
+        (tmp_path / "runs" / "notes.txt").touch()
+        for name in ("y", "x"):
+            write_run(tmp_path / "sweep" / "trials" / name)
+        (tmp_path / "sweep" / "sweep.json").write_text("{}")
+        runs, sweep = tmp_path / "runs", tmp_path / "sweep"
+        assert run_directories([runs]) == [runs / "a", runs / "b"]
+        assert run_directories([runs / "b"]) == [runs / "b"]
+        assert run_directories([sweep]) == [sweep / "trials" / "x", sweep / "trials" / "y"]
+        assert run_directories([runs / "b", sweep, runs]) == [
+            *(runs / "b", sweep / "trials" / "x", sweep / "trials" / "y", runs / "a")
+        ]
+        assert run_directories([tmp_path]) == [sweep / "trials" / "x", sweep / "trials" / "y"]
+
+    def test_a_sweep_that_has_not_begun_and_an_empty_run(self, tmp_path: Path) -> None:
+        (tmp_path / "sweep").mkdir()
+        (tmp_path / "sweep" / "sweep.json").write_text("{}")
+        (tmp_path / "empty").mkdir()
+        assert run_directories([tmp_path / "sweep"]) == []
+        assert run_directories([tmp_path / "empty"]) == [tmp_path / "empty"]
+
+    def test_a_path_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(LabError, match=r"/none: no such run directory"):
+            run_directories([tmp_path, tmp_path / "none"])
+
+
+TRIAL = {"number": 0, "name": "lr1e-4", "run": "trials/lr1e-4", "state": "complete", "value": 0.5, "error": None}
+
+
+class TestSweep:
+    def test_trials(self, tmp_path: Path) -> None:
+        failed = {"number": 1, "name": "b", "run": "trials/b", "state": "failed", "error": "the GPU is out of memory"}
+        trials = [TRIAL | {"settings": {"model.lr": 1e-4}}, failed]
+        (tmp_path / "sweep.json").write_text(json.dumps({"name": "s", "kind": "grid", "trials": trials}))
+        first, second = read_sweep(tmp_path)
+        assert (first.number, first.name, first.run) == (0, "lr1e-4", tmp_path / "trials" / "lr1e-4")
+        assert (first.state, first.value, first.settings, first.error) == ("complete", 0.5, {"model.lr": 1e-4}, None)
+        assert (second.state, second.value, second.settings) == ("failed", None, {})
+        assert second.error == "the GPU is out of memory"
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", r"sweep\.json: is not a JSON object"),
+            ("{}", r"sweep\.json: lists no trials"),
+            (
+                json.dumps({"trials": [TRIAL, {"number": 1}]}),
+                r"sweep\.json trial 1: needs number, name, run and a state",
+            ),
+            (json.dumps({"trials": ["a"]}), r"sweep\.json trial 0: needs number"),
+            (json.dumps({"trials": [TRIAL | {"state": "odd"}]}), r"sweep\.json trial 0: needs .* of waiting, running"),
+        ],
+    )
+    def test_damage(self, tmp_path: Path, content: str, message: str) -> None:
+        (tmp_path / "sweep.json").write_text(content)
+        with pytest.raises(LabError, match=message):
+            read_sweep(tmp_path)
