@@ -1,6 +1,10 @@
 """``metrics.csv`` after a kill at any byte, the loss table and the curve."""
 
+import fcntl
 import math
+import subprocess
+import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,16 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lightning_lab.training.callbacks.record import COLUMNS, MetricsFile, base_loss, draw_curve, loss_table, write_text
+from lightning_lab.errors import LabError
+from lightning_lab.training.callbacks.record import (
+    COLUMNS,
+    MetricsFile,
+    base_loss,
+    draw_curve,
+    lock_run,
+    loss_table,
+    write_text,
+)
 
 HEADER = (
     "step,epoch,train_loss,grad_norm,lr,tokens,supervised_tokens,padded_tokens,tokens_per_second,peak_memory_mib,"
@@ -193,3 +206,26 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         write_text(path, "second")
     assert path.read_text() == "first"
+
+
+class TestLock:
+    def test_one_process_at_a_time(self, tmp_path: Path) -> None:
+        holder = (
+            "import fcntl, sys, time; f = open(sys.argv[1] + '/.lock', 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+            "print('held', flush=True); time.sleep(60)"
+        )
+        process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(LabError, match="another process is training this run"):
+            lock_run(tmp_path)
+        process.kill()  # however its holder ends, the lock goes with it
+        process.communicate()
+        lock_run(tmp_path).close()
+        lock_run(tmp_path).close()
+
+    def test_a_report_that_looks_is_waited_for(self, tmp_path: Path) -> None:
+        with (tmp_path / ".lock").open("w") as look:
+            fcntl.flock(look, fcntl.LOCK_SH)
+            threading.Timer(0.2, fcntl.flock, (look, fcntl.LOCK_UN)).start()
+            lock_run(tmp_path).close()
