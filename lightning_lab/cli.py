@@ -28,7 +28,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_lab.configs_lookup import DEFAULTS, configs_dir, resolve_configs
 from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.errors import LabError
-from lightning_lab.experiments.sweep import Point, Sweep, SweepSettings
+from lightning_lab.experiments.points import Point, SweepSettings
+from lightning_lab.experiments.sweep import BASE_CONFIG, Sweep
 from lightning_lab.training.callbacks.checkpoints import Checkpoints, read_checkpoint
 from lightning_lab.training.callbacks.predictions import PredictionWriter
 from lightning_lab.training.callbacks.progress import RunProgress
@@ -534,34 +535,38 @@ def _sweep(cli: LabCLI) -> int:
     cli.settings.run_dir = None
 
     def parse(point: Point) -> Any:
+        begun = directory / BASE_CONFIG  # from then on the files that it was given may change
+        arguments = [f"--config={begun}"] if begun.is_file() else cli.arguments
         try:
-            settings = cli.parser.parse_args([*cli.arguments, *point.flags])
+            settings = cli.parser.parse_args([*arguments, *point.flags])
         except ArgumentError as error:
             raise LabError(f"sweep, run {point.name}: {_parser_message(error)}") from None
         refuse_trainer_settings(settings.trainer)
-        settings.trainer.logger = False
+        return settings
+
+    def instantiate(settings: Any) -> Any:
+        """Model and data check their settings; nothing is loaded."""
+        settings = settings.clone()
         for key in AUTO_KEYS:  # each run chooses for itself
             if settings[key] == "auto":
                 settings[key] = "none" if key == "model.checkpointing" else settings.data.max_length
-        return settings
+        settings.trainer.logger = settings.trainer.callbacks = None
+        return cli.parser.instantiate_classes(settings)
 
     def resolve(point: Point) -> Point:
         settings = parse(point)
-        cli.parser.instantiate_classes(settings)  # model and data check their settings; nothing is loaded
-        return Point(point.name, {key: plain(settings[key]) for key in point.settings})
-
-    def plain(value: Any) -> Any:
-        return json.loads(json.dumps(value, default=str))
+        instantiate(settings)
+        typed = {key: json.loads(json.dumps(settings[key], default=str)) for key in point.settings}
+        return Point(point.name, typed, point.named)
 
     def prepare(points: Sequence[Point]) -> None:
         done = set()
-        for point in points or [Point("", {})]:
+        for point in points:
             settings = parse(point)
-            prepared = cli.parser.instantiate_classes(settings).data
-            fetch(settings.model.base)
             key = json.dumps([settings.data.as_dict(), settings.model.base], default=str)
             if key not in done:
-                prepared.prepare(progress=True)
+                fetch(settings.model.base)
+                instantiate(settings).data.prepare(progress=True)
             done.add(key)
 
     sweep = Sweep(directory, SweepSettings(**vars(cli.settings.sweep)), cli._config_text(), resolve, prepare)
@@ -569,6 +574,8 @@ def _sweep(cli: LabCLI) -> int:
     from lightning_lab.experiments.report import write_report
 
     report = write_report([directory], directory)
+    for line in report.damaged:
+        _say(f"error: {line}")
     print(report.ranking)
     _say(f"written: {directory}/report.md, report.html")
     return status

@@ -9,22 +9,30 @@ trial's process inherits the lock, so a trial whose sweep was killed alone is le
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING
 
 from lightning_lab.errors import LabError
+from lightning_lab.experiments.points import (
+    Point,
+    SweepSettings,
+    distinct,
+    draw,
+    drawn_point,
+    grid_points,
+    search_corners,
+    search_space,
+)
 from lightning_lab.experiments.runs import SWEEP_FILE, TRIALS, flatten, read_run
 
 if TYPE_CHECKING:
@@ -33,148 +41,12 @@ if TYPE_CHECKING:
 
 BASE_CONFIG = "base.yaml"
 DATABASE = "study.db"
+LOGS = "logs"
+LOCKS = "locks"
 DATABASE_TIMEOUT_S = 60  # a worker waits this long for another one's write
 POLL_S = 0.25
-TIE = re.compile(r"(?:([\d.]+)\s*\*\s*)?([\w.]+)")
-RESERVED = ("run_dir", "ckpt_path", "config", "trainer.default_root_dir")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """Which runs a sweep consists of.
-
-    Args:
-        grid: Values by config key, such as ``{model.lr: [1e-4, 2e-4], model.r: [16, 32]}``; every combination is run.
-        settings: Combinations given one by one, such as ``[{model.lr: 3e-4, model.r: 32}]``; ``name`` in one names its
-            run. With a grid as well, each of them at each point of the grid.
-        search: In place of both, a range by config key: ``{low: 1e-5, high: 1e-3, log: true}`` (with ``step``, in
-            steps; whole numbers stay whole) or ``{choices: [8, 16, 32]}``.
-        trials: How many runs a search makes; failed and pruned ones count.
-        sampler: Of a search: ``tpe`` (Bergstra et al. 2011, by Optuna) or ``random``.
-        prune: Stop a run of a search at a validation where its loss is above the median of the earlier runs'.
-        tie: Keys that follow another: ``{model.alpha: model.r}``, or ``{model.alpha: 2 * model.r}``.
-        seed: Of the search.
-        test: Evaluate the held-out test split with the best checkpoint of ``all`` runs, of the ``best`` one (the
-            default of a search) or of ``none``.
-        retry_failed: Run failed trials again, from their checkpoint if they have one.
-
-    """
-
-    grid: dict[str, Any] | None = None
-    settings: list[dict[str, Any]] | None = None
-    search: dict[str, Any] | None = None
-    trials: int = 20
-    sampler: Literal["tpe", "random"] = "tpe"
-    prune: bool = False
-    tie: dict[str, str] | None = None
-    seed: int = 3407
-    test: Literal["all", "best", "none"] | None = None
-    retry_failed: bool = False
-
-
-@dataclass(frozen=True)
-class Point:
-    """One trial's settings by dotted config key, and the name of its run."""
-
-    name: str
-    settings: Mapping[str, Any]
-
-    @property
-    def flags(self) -> list[str]:
-        """The same as flags of `fit`."""
-        return [f"--{key}={flag_value(value)}" for key, value in self.settings.items()]
-
-
-def flag_value(value: Any) -> str:
-    """A setting as the command line takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def grid_points(sweep: SweepSettings) -> list[Point]:
-    """Every combination that a grid and single settings make, in the order in which they are written.
-
-    Raises:
-        LabError: Nothing to combine, a key that a sweep sets itself, or one combination twice.
-
-    """
-    grid = flatten(sweep.grid or {})
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise LabError(f"sweep.grid: {key} needs a list of values, such as [1e-4, 2e-4]")
-    if not grid and not sweep.settings:
-        raise LabError(
-            "the sweep has no settings: give sweep.grid, sweep.settings or sweep.search, e.g. "
-            "--sweep.grid '{model.lr: [1e-4, 2e-4, 3e-4]}', or --config lab_grid.yaml"
-        )
-    points: list[Point] = []
-    for setting in sweep.settings or [{}]:
-        fixed = flatten(setting)
-        name = fixed.pop("name", None)
-        both = [key for key in fixed if key in grid]
-        if both:
-            raise LabError(f"sweep: {both[0]} is in sweep.grid and in sweep.settings; leave it in one of them")
-        for values in itertools.product(*grid.values()):
-            varied = dict(zip(grid, values, strict=True))
-            given = name or run_name(fixed)
-            shown = "_".join(filter(None, [given, run_name(varied)]))
-            points.append(Point(shown, tied(fixed | varied, sweep.tie or {})))
-    for i, point in enumerate(points):
-        if any(point.settings == other.settings for other in points[:i]):
-            raise LabError(f"sweep: the settings of {point.name} come twice; leave one out")
-    return _unique_names(points)
-
-
-def tied(settings: Mapping[str, Any], ties: Mapping[str, str]) -> dict[str, Any]:
-    """Add the keys that follow others.
-
-    Raises:
-        LabError: A tie to a key that the sweep does not vary, or that is not a number; or a tied key that is set too.
-
-    """
-    result = dict(settings)
-    for key, rule in flatten(ties).items():
-        match = TIE.fullmatch(str(rule).strip())
-        source = match.group(2) if match else ""
-        if source not in settings:
-            raise LabError(f"sweep.tie: {key}: {rule} follows no key of the sweep; it has {', '.join(settings)}")
-        if key in settings:
-            raise LabError(f"sweep.tie: {key} is tied and set; leave it out of the settings")
-        value = settings[source]
-        if match and match.group(1):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise LabError(f"sweep.tie: {key}: {rule}: {value!r} is not a number")
-            value = float(match.group(1)) * value
-            value = int(value) if value == int(value) else value
-        result[key] = value
-    return result
-
-
-def run_name(settings: Mapping[str, Any]) -> str:
-    """A directory name from settings, such as ``lr3e-4_r32``."""
-    parts = []
-    for key, value in settings.items():
-        last = {"seed_everything": "seed"}.get(key, key.rpartition(".")[2])
-        parts.append(last + re.sub(r"[^\w.+-]+", "-", _short(value)).strip("-"))
-    return "_".join(parts)[:120]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float) and value != 0 and not 0.01 <= abs(value) < 1000:
-        mantissa, exponent = f"{value:.3e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
-
-
-def _unique_names(points: list[Point]) -> list[Point]:
-    names: dict[str, int] = {}
-    result = []
-    for point in points:
-        names[point.name] = number = names.get(point.name, 0) + 1
-        result.append(point if number == 1 else Point(f"{point.name}-{number}", point.settings))
-    return result
+UNUSABLE = "{}?#%"  # in a directory's name they mean something in the database's address
 
 
 class Sweep:
@@ -185,7 +57,7 @@ class Sweep:
         settings: Which runs it consists of.
         base: The resolved config that every run starts from, as YAML text.
         resolve: Checks one point's flags and returns its settings as the config has them (``"1e-4"`` as a number).
-        prepare: Called with a grid's points before the first trial, so that data and base are made ready once.
+        prepare: Called with points before the first trial, so that data and bases are made ready once.
         program: The command line that runs one command.
 
     Raises:
@@ -219,14 +91,13 @@ class Sweep:
             raise LabError(f"sweep.trials is {settings.trials}; it must be at least 1")
         if settings.prune and not settings.search:
             raise LabError("sweep.prune is for a search: a grid runs each of its settings to the end")
-        self.space = flatten_space(settings.search or {})
-        # of a search its two corners are checked, and each drawn point when it is drawn
-        points = [self._corner(0), self._corner(-1)] if self.space else grid_points(settings)
-        for key in dict.fromkeys(key for point in points for key in point.settings):
-            if key in RESERVED or key.startswith("sweep."):
-                raise LabError(f"sweep: {key} cannot be varied; a sweep sets it itself")
-        resolved = [resolve(point) for point in points]
-        self.points = [] if self.space else resolved
+        if any(character in str(directory) for character in UNUSABLE):
+            raise LabError(f"{directory}: a sweep's directory cannot have any of {UNUSABLE} in its name; set --run_dir")
+        self.space = search_space(settings.search or {})
+        points = search_corners(settings, self.space) if self.space else grid_points(settings)
+        self.points = [resolve(point) for point in points]  # of a search, those that are checked and prepared
+        if not self.space:
+            distinct(self.points, {})
 
     # -- the whole -----------------------------------------------------------------------------------------------
 
@@ -239,23 +110,26 @@ class Sweep:
 
         """
         self._open()
-        previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        # one that is ignored stays so: that is what nohup asks for
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             waited_for: set[int] = set()
             while True:
                 number = self._claim()
                 if number is not None:
                     self._run_trial(number)
-                elif (others := self._running()) and self._received is None:
-                    for other in [n for n in others if n not in waited_for]:
-                        self._say(other, "is run by another process; waiting for it")
+                others = self._running() if number is None else []
+                self._leave_if_signalled()
+                if number is None and not others:
+                    break
+                for other in others:
+                    if other not in waited_for:
+                        self._say(other, "is run by another worker; waiting for it")
+                if others:
                     waited_for |= set(others)
                     time.sleep(POLL_S)
-                else:
-                    break
-                self._leave_if_signalled()
-            if self._tests == "best":
-                self._test_best()
+            untested = self._test_best() if self._tests == "best" else None
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -263,78 +137,110 @@ class Sweep:
         for trial in failed:
             self._say(trial.number, f"failed: {trial.user_attrs.get('error')}")
         if failed:
-            print("failed trials are tried again with --sweep.retry_failed true", file=sys.stderr)
-        return 1 if failed else 0
+            print("failed runs are tried again with --sweep.retry_failed true", file=sys.stderr)
+        return 1 if failed or untested else 0
 
     def _open(self) -> None:
         """Make the sweep or continue it; the first worker prepares what all runs share, the others wait for it."""
         directory = self.directory
-        begun = (directory / BASE_CONFIG).is_file()
-        if not begun and directory.is_dir() and any(p.name != "sweep.lock" for p in directory.iterdir()):
-            raise LabError(f"{directory}: exists and is not a sweep; pass another --run_dir")
-        (directory / TRIALS).mkdir(parents=True, exist_ok=True)
-        (directory / "logs").mkdir(exist_ok=True)
-        (directory / "locks").mkdir(exist_ok=True)
-        with self._exclusive(waiting_for="another process to prepare the sweep"):
-            self._same_sweep()
-            import optuna
-
-            optuna.logging.set_verbosity(optuna.logging.ERROR)
-            self._storage = optuna.storages.RDBStorage(
-                f"sqlite:///{directory / DATABASE}", engine_kwargs={"connect_args": {"timeout": DATABASE_TIMEOUT_S}}
-            )
-            self._study = optuna.create_study(
-                storage=self._storage, study_name="sweep", direction="minimize", load_if_exists=True
-            )
-            known = [trial.user_attrs.get("settings") for trial in self._trials()]
-            for point in self.points:
-                if dict(point.settings) not in known:
-                    self._study.enqueue_trial({}, user_attrs={"name": point.name, "settings": dict(point.settings)})
+        names_of_files = (BASE_CONFIG, SWEEP_FILE, DATABASE)
+        # a kill may leave temporary files and the database's journal
+        own = (TRIALS, LOGS, LOCKS, *names_of_files, *(f".{name}." for name in names_of_files))
+        if directory.is_dir():
+            names = [entry.name for entry in directory.iterdir()]
+            if BASE_CONFIG not in names and any(not name.startswith(own) for name in names):
+                raise LabError(f"{directory}: exists and is not a sweep; pass another --run_dir")
+        for folder in (TRIALS, LOGS, LOCKS):
+            (directory / folder).mkdir(parents=True, exist_ok=True)
+        with self._exclusive("prepare.lock", waiting_for="another worker that prepares the data"):
+            if not self._is_done():  # before anything is written down: it may find that a setting is wrong
+                self.prepare(self.points or [Point("", {})])
+        with self._exclusive():
+            self._connect()
+            self._define()
+            self._enqueue()
             if self.settings.retry_failed:
                 self._requeue_failed()
-            if any(not trial.state.is_finished() for trial in self._trials()) or self._more_to_search():
-                self.prepare(self.points)
             self._write_state()
 
-    def _same_sweep(self) -> None:
-        """Write down what the sweep is, or see that it is still the same."""
-        definition = {
-            "kind": "search" if self.space else "grid",
-            "search": self.settings.search and {"space": self.space, "seed": self.settings.seed},
-            "sampler": self.settings.sampler if self.space else None,
-            "prune": self.settings.prune,
-            "tie": self.settings.tie,
-        }
-        config, record = self.directory / BASE_CONFIG, self.directory / SWEEP_FILE
-        if not config.is_file():
-            _write(record, json.dumps({"name": self.directory.name, "definition": definition, "trials": []}) + "\n")
-            _write(config, self.base)
-            return
-        import yaml
+    def _connect(self) -> None:
+        import optuna
 
-        before = flatten(yaml.safe_load(config.read_text()) or {})
-        now = flatten(yaml.safe_load(self.base) or {})
-        for key in dict.fromkeys([*before, *now]):
-            if before.get(key) != now.get(key):
-                raise LabError(
-                    f"{self.directory} is a sweep with {key} {before.get(key)!r}, not {now.get(key)!r}; put it back, "
-                    "or pass another --run_dir"
-                )
-        recorded = json.loads(record.read_text()).get("definition", {})
-        for key, value in json.loads(json.dumps(definition)).items():
-            if recorded.get(key) != value:
-                raise LabError(
-                    f"{self.directory} is a sweep whose {key} is {recorded.get(key)}, not {value}; put it back, or "
-                    "pass another --run_dir"
-                )
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._storage = optuna.storages.RDBStorage(
+            f"sqlite:///{self.directory / DATABASE}", engine_kwargs={"connect_args": {"timeout": DATABASE_TIMEOUT_S}}
+        )
+        self._study = optuna.create_study(
+            storage=self._storage, study_name="sweep", direction="minimize", load_if_exists=True
+        )
+
+    def _is_done(self) -> bool:
+        """Whether every run that is asked for has ended, by what ``sweep.json`` says."""
+        try:
+            trials = json.loads((self.directory / SWEEP_FILE).read_text())["trials"]
+        except (OSError, ValueError, KeyError):
+            return False
+        ended = [trial for trial in trials if trial["state"] in ("complete", "pruned", "failed")]
+        if self.settings.retry_failed and any(trial["state"] == "failed" for trial in trials):
+            return False
+        if self.space:
+            return len(ended) == len(trials) >= self.settings.trials
+        settings = [trial["settings"] for trial in ended]
+        return len(ended) == len(trials) and all(dict(point.settings) in settings for point in self.points)
+
+    def _enqueue(self) -> None:
+        """Queue a grid's new points; take back those that are no longer in it and have not begun."""
+        import optuna
+
+        if self.space:
+            return
+        wanted = [dict(point.settings) for point in self.points]
+        for trial in self._current():
+            waits = trial.state == optuna.trial.TrialState.WAITING
+            if waits and trial.user_attrs["settings"] not in wanted:
+                self._storage.set_trial_user_attr(self._id(trial.number), "withdrawn", True)
+                self._storage.set_trial_state_values(self._id(trial.number), state=optuna.trial.TrialState.FAIL)
+        current = {trial.user_attrs["name"]: trial.user_attrs["settings"] for trial in self._current()}
+        new = [point for point in self.points if dict(point.settings) not in current.values()]
+        for point in distinct(new, current):
+            self._study.enqueue_trial({}, user_attrs={"name": point.name, "settings": dict(point.settings)})
+
+    def _define(self) -> None:
+        """Write down what the sweep is; once a run has begun, see that it is still the same."""
+        definition = json.loads(
+            json.dumps(
+                {
+                    "kind": "search" if self.space else "grid",
+                    "search": {"space": self.space, "seed": self.settings.seed} if self.space else None,
+                    "sampler": self.settings.sampler if self.space else None,
+                    "prune": self.settings.prune,
+                    "tie": self.settings.tie,
+                }
+            )
+        )
+        config, record = self.directory / BASE_CONFIG, self.directory / SWEEP_FILE
+        begun = any(self.space or trial.state.name != "WAITING" for trial in self._current())
+        if config.is_file() and record.is_file() and begun:
+            import yaml
+
+            before, now = (flatten(yaml.safe_load(text) or {}) for text in (config.read_text(), self.base))
+            recorded = json.loads(record.read_text()).get("definition", {})
+            for old, new in ((before, now), (recorded, definition)):
+                for key in old:
+                    if key in new and old[key] != new[key]:
+                        raise LabError(
+                            f"{self.directory} is a sweep with {key} {old[key]!r}, not {new[key]!r}; put it back, pass "
+                            "another --run_dir, or delete the sweep"
+                        )
+            return
+        _write(record, json.dumps({"name": self.directory.name, "definition": definition, "trials": []}) + "\n")
+        _write(config, self.base)
 
     @contextmanager
-    def _exclusive(self, waiting_for: str = "") -> Iterator[None]:
+    def _exclusive(self, name: str = "sweep.lock", waiting_for: str = "") -> Iterator[None]:
         """One worker at a time."""
-        with (self.directory / "sweep.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with (self.directory / LOCKS / name).open("w") as file:
+            if not _try_lock(file):
                 if waiting_for:
                     print(f"waiting for {waiting_for}", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -344,10 +250,10 @@ class Sweep:
         return self._study.get_trials(deepcopy=False)
 
     def _current(self) -> list[FrozenTrial]:
-        """All trials but those that were tried again."""
+        """All trials but those that were tried again or taken back."""
         trials = self._trials()
         retried = {trial.user_attrs.get("retry_of") for trial in trials}
-        return [trial for trial in trials if trial.number not in retried]
+        return [t for t in trials if t.number not in retried and "withdrawn" not in t.user_attrs]
 
     def _write_state(self) -> None:
         """Write ``sweep.json``, from which reports read; under the exclusive lock."""
@@ -377,26 +283,26 @@ class Sweep:
     # -- who runs what -------------------------------------------------------------------------------------------
 
     def _claim(self) -> int | None:
-        """Take a trial: one whose process is gone, else the next that waits, else a new one of the search."""
-        if self._received is not None:
-            return None
+        """Take a trial: one whose worker is gone, else the next that waits, else a new one of the search."""
         import optuna
 
-        with self._exclusive():
-            for trial in self._trials():
-                if trial.state == optuna.trial.TrialState.RUNNING and self._lock(trial.number):
-                    self._settle(optuna.Trial(self._study, self._id(trial.number)), trial.number)
-                    return trial.number
-            waiting = any(trial.state == optuna.trial.TrialState.WAITING for trial in self._trials())
-            if not waiting and not self._more_to_search():
-                return None
-            self._study.sampler = self._sampler(len(self._trials()))
-            asked = self._study.ask()
-            if not self._lock(asked.number):
-                raise LabError(f"{self.directory}/locks/{asked.number}.lock: held by another process; stop it first")
-            self._settle(asked, asked.number)
-            self._write_state()
-            return asked.number
+        state = optuna.trial.TrialState
+        while self._received is None:
+            with self._exclusive():
+                trials = self._trials()
+                left = (t.number for t in trials if t.state == state.RUNNING and self._lock(t.number))
+                number = next(left, None)
+                if number is None:
+                    if not any(t.state == state.WAITING for t in trials) and not self._more_to_search():
+                        return None
+                    self._study.sampler = self._sampler(len(trials))
+                    number = self._study.ask().number
+                    self._lock(number)
+                usable = self._settle(number)
+                self._write_state()
+            if usable:
+                return number
+        return None
 
     def _id(self, number: int) -> int:
         """The storage's own number of a trial."""
@@ -404,12 +310,11 @@ class Sweep:
         return self._storage.get_trial_id_from_study_id_trial_number(study, number)
 
     def _lock(self, number: int) -> bool:
+        """Become a trial's worker, unless it has a living one."""
         if number in self._locks:
             return False
-        file = (self.directory / "locks" / f"{number}.lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        file = (self.directory / LOCKS / f"{number}.worker").open("w")
+        if not _try_lock(file):
             file.close()
             return False
         self._locks[number] = file
@@ -424,38 +329,48 @@ class Sweep:
     def _more_to_search(self) -> bool:
         return bool(self.space) and len(self._current()) < self.settings.trials
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """A sampler that depends on the trial's number alone, so that a sweep that was killed draws the same values."""
+    def _sampler(self, number: int, index: int = 0) -> optuna.samplers.BaseSampler:
+        """A sampler for one value of one trial, so that a sweep that was killed in between draws the same values."""
+        import numpy as np
         import optuna
 
-        seed = self.settings.seed + number
+        seed = int(np.random.SeedSequence([self.settings.seed, number, index]).generate_state(1)[0])
         if self.settings.sampler == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         return optuna.samplers.TPESampler(seed=seed)
 
-    def _settle(self, trial: optuna.Trial, number: int) -> None:
-        """Give a trial of a search its settings and its name, unless it has them."""
-        if "settings" in trial.user_attrs:
-            return
+    def _settle(self, number: int) -> bool:
+        """Give a trial of a search its values, settings and name; return False where they turn out impossible."""
+        if not self.space:
+            return True
+        import optuna
+
         self._study.sampler = self._sampler(number)
-        values = {key: _suggest(trial, key, space) for key, space in self.space.items()}
-        point = self.resolve(Point(f"trial-{number:03d}", tied(values, self.settings.tie or {})))
+        trial = optuna.Trial(self._study, self._id(number))
+        values = {}
+        for index, (key, range_) in enumerate(self.space.items()):
+            self._study.sampler = self._sampler(number, index)
+            values[key] = draw(trial, key, range_)
+        if "settings" in trial.user_attrs:
+            return True
+        error = None
+        try:
+            point = drawn_point(number, values, self.settings)
+            settings = dict(point.settings)
+            settings = dict(self.resolve(point).settings)
+        except LabError as problem:
+            error = str(problem)
         trial.set_user_attr("name", point.name)
-        trial.set_user_attr("settings", dict(point.settings))
+        trial.set_user_attr("settings", settings)
+        if error is not None:
+            self._end(number, None, error)
+        return error is None
 
     def _requeue_failed(self) -> None:
         for trial in self._current():
             if trial.state.name == "FAIL":
                 attributes = {key: trial.user_attrs[key] for key in ("name", "settings")}
-                self._study.enqueue_trial({}, user_attrs={**attributes, "retry_of": trial.number})
-
-    def _corner(self, which: Literal[0, -1]) -> Point:
-        ends = ("low", "high")
-        values = {
-            key: space["choices"][which] if "choices" in space else space[ends[which]]
-            for key, space in self.space.items()
-        }
-        return Point("search", tied(values, self.settings.tie or {}))
+                self._study.enqueue_trial(trial.params, user_attrs={**attributes, "retry_of": trial.number})
 
     # -- one trial -----------------------------------------------------------------------------------------------
 
@@ -469,79 +384,97 @@ class Sweep:
         name = trial.user_attrs["name"]
         run_dir = self.directory / TRIALS / name
         started = time.monotonic()
-        error = None
-        if self._catch_up(number, again=True):
-            self._finish(number, None, None, "pruned")
-            return
-        if not trial.user_attrs.get("fitted"):
-            continued = (run_dir / "checkpoints" / "last.ckpt").is_file()
-            if not continued and run_dir.is_dir():  # killed before its first checkpoint: nothing to keep
-                _remove(run_dir)
-            resume = ["--ckpt_path=last"] if continued else []
-            self._say(number, "continues" if continued else "begins")
-            flags = Point(name, trial.user_attrs["settings"]).flags
-            config = f"--config={self.directory / BASE_CONFIG}"
-            error = self._command(number, name, ["fit", config, *flags, f"--run_dir={run_dir}", *resume])
-            if error == "pruned":
-                self._finish(number, None, None, "pruned")
-                return
-            if error is None:
-                self._storage.set_trial_user_attr(self._id(number), "fitted", True)
-        if error is None and self._tests == "all":
-            error = self._test(number, name)
-        best = read_run(run_dir).best if error is None else None
-        if error is None and best is None:
-            error = "it has no finite validation loss"
-        took = f"{(time.monotonic() - started) / 60:.1f} min"
-        value = best["val_loss"] if best else None
-        self._finish(number, value, error, f"val_loss {value:.6f} after {took}" if best else f"failed: {error}")
+        value = None
+        try:
+            with self._held_by_run(number) as held:
+                if self._catch_up(number, again=True):
+                    raise _PrunedError
+                if not trial.user_attrs.get("fitted"):
+                    continued = (run_dir / "checkpoints" / "last.ckpt").is_file()
+                    if not continued and run_dir.is_dir():  # killed before its first checkpoint: nothing to keep
+                        shutil.rmtree(run_dir)
+                    resume = ["--ckpt_path=last"] if continued else []
+                    self._say(number, "continues" if continued else "begins")
+                    flags = Point(name, trial.user_attrs["settings"]).flags
+                    config = f"--config={self.directory / BASE_CONFIG}"
+                    self._command(number, name, ["fit", config, *flags, f"--run_dir={run_dir}", *resume], held)
+                    self._storage.set_trial_user_attr(self._id(number), "fitted", True)
+                if self._tests == "all":
+                    self._test(number, name, held)
+                best = read_run(run_dir).best
+                if best is None:
+                    raise LabError("it has no finite validation loss")
+            value = best["val_loss"]
+            said, error = f"val_loss {value:.6f} after {(time.monotonic() - started) / 60:.1f} min", None
+        except _PrunedError:
+            said, error = "pruned: above the median", None
+        except LabError as problem:
+            said, error = f"failed: {problem}", str(problem)
+        with self._exclusive():
+            self._end(number, value, error)
+            self._write_state()
+        self._say(number, said)
 
-    def _finish(self, number: int, value: float | None, error: str | None, said: str) -> None:
+    def _end(self, number: int, value: float | None, error: str | None) -> None:
+        """Tell Optuna: an error, a value, or neither for a pruned trial. Under the exclusive lock."""
         import optuna
 
         state = optuna.trial.TrialState
-        with self._exclusive():
-            if error is not None:
-                self._storage.set_trial_user_attr(self._id(number), "error", error)
-                self._study.tell(number, state=state.FAIL)
-            elif value is None:
-                self._study.tell(number, state=state.PRUNED)
-            else:
-                self._study.tell(number, value)
-            self._write_state()
+        if error is not None:
+            self._storage.set_trial_user_attr(self._id(number), "error", error)
+            self._study.tell(number, state=state.FAIL)
+        elif value is None:
+            self._study.tell(number, state=state.PRUNED)
+        else:
+            self._study.tell(number, value)
         self._locks.pop(number).close()
-        self._say(number, said)
 
-    def _test(self, number: int, name: str) -> str | None:
-        run_dir = self.directory / TRIALS / name
-        if (run_dir / "test.json").is_file() and (run_dir / "test_examples.csv").is_file():
-            return None
-        return self._command(number, name, ["test", f"--run_dir={run_dir}", "--ckpt_path=best"])
-
-    def _test_best(self) -> None:
-        import optuna
-
-        if any(trial.state == optuna.trial.TrialState.COMPLETE for trial in self._trials()):
-            best = self._study.best_trial
-            with (self.directory / "locks" / "test.lock").open("w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                error = self._test(best.number, best.user_attrs["name"])
-            if error is not None:
-                self._say(best.number, f"could not be tested: {error}")
-
-    def _command(self, number: int, name: str, arguments: list[str]) -> str | None:
-        """Run one command of a trial to its end.
-
-        Returns:
-            None if it went well, ``pruned``, or why it failed.
+    @contextmanager
+    def _held_by_run(self, number: int) -> Iterator[IO[str]]:
+        """Hold the lock that a trial's processes inherit, once a run that outlived its worker has ended.
 
         Raises:
-            SystemExit: A signal came to this process and was passed on.
+            SystemExit: A signal came while waiting.
 
         """
-        log = self.directory / "logs" / f"{name}.log"
+        with (self.directory / LOCKS / f"{number}.run").open("w") as file:
+            if not _try_lock(file):
+                self._say(number, "is still run by the process that a killed worker left; waiting for it")
+            while not _try_lock(file):
+                time.sleep(POLL_S)
+                self._leave_if_signalled()
+            yield file
+
+    def _test(self, number: int, name: str, held: IO[str] | None = None) -> None:
+        run_dir = self.directory / TRIALS / name
+        if not ((run_dir / "test.json").is_file() and (run_dir / "test_examples.csv").is_file()):
+            self._command(number, name, ["test", f"--run_dir={run_dir}", "--ckpt_path=best"], held)
+
+    def _test_best(self) -> str | None:
+        """Test the best trial; return why that failed."""
+        import optuna
+
+        if not any(trial.state == optuna.trial.TrialState.COMPLETE for trial in self._trials()):
+            return None
+        best = self._study.best_trial
+        try:
+            with self._exclusive("test.lock", waiting_for="another worker that tests the best run"):
+                self._test(best.number, best.user_attrs["name"])
+        except LabError as error:
+            self._say(best.number, f"could not be tested: {error}")
+            return str(error)
+        return None
+
+    def _command(self, number: int, name: str, arguments: list[str], held: IO[str] | None) -> None:
+        """Run one command of a trial to its end.
+
+        Raises:
+            LabError: It failed; the message is what it said last.
+            SystemExit: A signal came to this process and was passed on, or stopped the command alone.
+
+        """
+        log = self.directory / LOGS / f"{name}.log"
         command = [*self.program, *arguments]
-        held = [file.fileno() for file in (self._locks.get(number),) if file is not None]
         with log.open("ab") as output, log.open("rb") as tail:
             output.write(f"$ {' '.join(command[1:])}\n".encode())
             output.flush()
@@ -553,30 +486,35 @@ class Sweep:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=held,
+                pass_fds=[held.fileno()] if held else [],
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
             if self._received is not None:  # it came while the process was being started
                 self._child.send_signal(self._received)
-            pruned = running = False
-            while not pruned and (running := self._child.poll() is None):
-                time.sleep(POLL_S)
-                if self._echo(number, tail) and arguments[0] == "fit" and self._received is None:
-                    pruned = self._catch_up(number)  # a validation comes with a line
-            if running:
-                self._child.send_signal(signal.SIGTERM)
-            status = self._child.wait()
-            self._child = None
+            pruned = False
+            try:
+                while not pruned and self._child.poll() is None:
+                    time.sleep(POLL_S)
+                    if self._echo(number, tail) and arguments[0] == "fit" and self._received is None:
+                        pruned = self._catch_up(number)  # a validation comes with a line
+            finally:
+                if self._child.poll() is None:  # pruned, or its files cannot be read
+                    self._child.send_signal(signal.SIGTERM)
+                status = self._child.wait()
+                _kill_group(self._child.pid)  # other ranks of a run on several devices
+                self._child = None
             self._echo(number, tail)
             if arguments[0] == "fit" and status == 0:
-                pruned = self._catch_up(number)
+                pruned = pruned or self._catch_up(number)
             self._leave_if_signalled()
             if pruned:
-                return "pruned"
-            if status == 0:
-                return None
-            tail.seek(start)
-            return _why(status, tail.read().decode(errors="replace"))
+                raise _PrunedError
+            if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+                self._say(number, "was stopped; the same command continues the sweep")
+                raise SystemExit(status)
+            if status:
+                tail.seek(start)
+                raise LabError(_why(status, tail.read().decode(errors="replace")))
 
     def _catch_up(self, number: int, again: bool = False) -> bool:
         """Tell Optuna of validations that it does not know; return whether one of them says to stop the trial.
@@ -616,86 +554,66 @@ class Sweep:
         return bool(lines)
 
     def _say(self, number: int, text: str) -> None:
-        trials = self._trials()
-        total = self.settings.trials if self.space else len(trials)
-        print(f"[{number + 1}/{total} {trials[number].user_attrs.get('name')}] {text}", file=sys.stderr, flush=True)
+        current = self._current()
+        position = next((i for i, trial in enumerate(current, start=1) if trial.number == number), number + 1)
+        total = self.settings.trials if self.space else len(current)
+        with suppress(OSError):  # the terminal may be gone
+            name = self._trials()[number].user_attrs.get("name")
+            print(f"[{position}/{total} {name}] {text}", file=sys.stderr, flush=True)
 
     # -- signals -------------------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self._received is not None
         self._received = number
-        name = signal.Signals(number).name
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
         how = (
             "leaving at once"
             if again
             else "the run in progress finishes its step and saves; once more to leave at once"
         )
-        os.write(2, f"\n{name}: {how}\n".encode())
-        if self._child is not None and self._child.poll() is None:
-            self._child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        with suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: {how}\n".encode())
         if again:
+            if self._child is not None:
+                time.sleep(POLL_S)  # the run leaves by itself, its checkpoint whole
+                _kill_group(self._child.pid)
             os._exit(128 + number)
 
     def _leave_if_signalled(self) -> None:
         if self._received is not None:
-            print("stopped; the same command continues the sweep", file=sys.stderr)
+            with suppress(OSError):
+                print("stopped; the same command continues the sweep", file=sys.stderr)
             raise SystemExit(128 + self._received)
 
 
-def flatten_space(search: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A search space by dotted key; keys may be written nested.
+class _PrunedError(Exception):
+    """A trial is to be ended for its validation loss."""
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Take an flock if nobody holds it.
 
     Raises:
-        LabError: A range that is neither ``low``/``high`` nor ``choices``, or an empty or impossible one.
+        LabError: The file system has none.
 
     """
-    space: dict[str, dict[str, Any]] = {}
-
-    def visit(prefix: str, node: Any) -> None:
-        if isinstance(node, Mapping) and node.keys() & {"low", "high", "choices"}:
-            space[prefix] = dict(node)
-        elif isinstance(node, Mapping) and node:
-            for key, inner in node.items():
-                visit(f"{prefix}.{key}" if prefix else str(key), inner)
-        else:
-            raise LabError(f"sweep.search: {prefix} needs {{low: ..., high: ...}} or {{choices: [...]}}")
-
-    if search:
-        visit("", search)
-    for key, range_ in space.items():
-        wrong = LabError(f"sweep.search: {key} needs {{low: ..., high: ...}} (log, step) or {{choices: [...]}}")
-        if "choices" in range_:
-            if set(range_) != {"choices"} or not isinstance(range_["choices"], list) or not range_["choices"]:
-                raise wrong
-            continue
-        if not {"low", "high"} <= set(range_) <= {"low", "high", "log", "step"}:
-            raise wrong
-        for bound in ("low", "high", "step"):
-            if bound in range_:
-                try:
-                    number = float(range_[bound])
-                except (TypeError, ValueError):
-                    raise wrong from None
-                exact = isinstance(range_[bound], int) and not isinstance(range_[bound], bool)
-                range_[bound] = range_[bound] if exact else number
-        if not range_["low"] < range_["high"] or (range_.get("log") and range_["low"] <= 0):
-            raise LabError(f"sweep.search: {key}: low must be below high, and above 0 with log")
-        if range_.get("log") and "step" in range_:
-            raise LabError(f"sweep.search: {key}: step and log exclude each other")
-    return space
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise LabError(
+            f"{file.name}: this file system cannot lock files ({error.strerror}); put --run_dir on another one"
+        ) from None
+    return True
 
 
-def _suggest(trial: optuna.Trial, key: str, space: Mapping[str, Any]) -> Any:
-    if "choices" in space:  # lists and the like as text: Optuna's choices are single values
-        choices = [
-            c if c is None or isinstance(c, bool | int | float | str) else json.dumps(c) for c in space["choices"]
-        ]
-        return space["choices"][choices.index(trial.suggest_categorical(key, choices))]
-    low, high, log = space["low"], space["high"], bool(space.get("log"))
-    if isinstance(low, int) and isinstance(high, int):
-        return trial.suggest_int(key, low, high, step=int(space.get("step", 1)), log=log)
-    return trial.suggest_float(key, low, high, step=space.get("step"), log=log)
+def _kill_group(leader: int) -> None:
+    """End what is left of the processes that a command started."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _why(status: int, log: str) -> str:
@@ -706,12 +624,6 @@ def _why(status: int, log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [f"exit status {status}"])[-1].removeprefix("error: ")[:500]
-
-
-def _remove(run_dir: Path) -> None:
-    import shutil
-
-    shutil.rmtree(run_dir)
 
 
 def _write(path: Path, text: str) -> None:

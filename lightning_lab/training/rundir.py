@@ -43,6 +43,8 @@ def resolve_run(command: str, name: str, run_dir: str | None, ckpt_path: str | N
 
     """
     fresh = unused_directory(Path(run_dir) if run_dir else RUNS / name)
+    if run_dir and not Path(run_dir).exists():  # asked for by name: another one's number means nothing
+        fresh = Path(run_dir)
     if ckpt_path is None:
         if command == "fit":
             return RunPaths(fresh)

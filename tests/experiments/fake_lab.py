@@ -27,9 +27,8 @@ def fit(options: dict[str, str]) -> int:
     if lr > 1:
         print(f"error: step 3: the loss is not finite (model.lr {lr})", file=sys.stderr)
         return 2
-    if run.exists() and "ckpt_path" not in options:
-        print(f"error: {run} exists", file=sys.stderr)
-        return 3
+    if run.exists() and "ckpt_path" not in options:  # as the real one, which takes another directory
+        run = run.with_name(f"{run.name}-2")
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     checkpoint, metrics = run / "checkpoints" / "last.ckpt", run / "metrics.csv"
     done = int(checkpoint.read_text()) if "ckpt_path" in options else 0

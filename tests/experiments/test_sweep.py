@@ -12,19 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lightning_lab.errors import LabError
-from lightning_lab.experiments.sweep import (
-    Point,
-    Sweep,
-    SweepSettings,
-    flatten_space,
-    grid_points,
-    run_name,
-    tied,
-)
+from lightning_lab.experiments.points import SweepSettings
+from lightning_lab.experiments.sweep import Sweep
 from tests.experiments.fake_lab import STEPS, loss
 
 ROOT = Path(__file__).parents[2]
@@ -35,105 +26,13 @@ SEARCH = {
 }
 
 
-class TestGrid:
-    def test_every_combination_in_the_order_written(self) -> None:
-        points = grid_points(SweepSettings(grid={"model.lr": [1e-4, 3e-4], "model.r": [16, 32]}))
-        assert [p.name for p in points] == ["lr1e-4_r16", "lr1e-4_r32", "lr3e-4_r16", "lr3e-4_r32"]
-        assert points[1].settings == {"model.lr": 1e-4, "model.r": 32}
-        assert points[1].flags == ["--model.lr=0.0001", "--model.r=32"]
-
-    def test_nested_keys_are_the_same(self) -> None:
-        nested = grid_points(SweepSettings(grid={"model": {"lr": [1e-4], "r": [16, 32]}}))
-        assert nested == grid_points(SweepSettings(grid={"model.lr": [1e-4], "model.r": [16, 32]}))
-
-    def test_paired_settings_with_names_and_seeds(self) -> None:
-        points = grid_points(
-            SweepSettings(
-                settings=[{"name": "low", "model.lr": 1e-4}, {"model.lr": 3e-4, "model.r": 32}],
-                grid={"seed_everything": [1, 2]},
-                tie=None,
-            )
-        )
-        assert [p.name for p in points] == ["low_seed1", "low_seed2", "lr3e-4_r32_seed1", "lr3e-4_r32_seed2"]
-        assert points[3].settings == {"model.lr": 3e-4, "model.r": 32, "seed_everything": 2}
-
-    def test_alpha_follows_r(self) -> None:
-        points = grid_points(SweepSettings(grid={"model.r": [16, 32]}, tie={"model.alpha": "model.r"}))
-        assert [p.settings["model.alpha"] for p in points] == [16, 32]
-        assert [p.name for p in points] == ["r16", "r32"]
-        assert tied({"model.r": 16}, {"model.alpha": "2 * model.r"}) == {"model.r": 16, "model.alpha": 32}
-        assert tied({"model.r": 5}, {"model.dropout": "0.01*model.r"})["model.dropout"] == pytest.approx(0.05)
-
-    @pytest.mark.parametrize(
-        ("settings", "says"),
-        [
-            ({}, "no settings"),
-            ({"grid": {"model.lr": 1e-4}}, "model.lr needs a list"),
-            ({"grid": {"model.lr": []}}, "model.lr needs a list"),
-            ({"grid": {"model.lr": [1e-4]}, "settings": [{"model.lr": 2e-4}]}, "model.lr is in sweep.grid and"),
-            ({"settings": [{"model.lr": 1e-4}, {"name": "again", "model.lr": 1e-4}]}, "again come twice"),
-            ({"grid": {"model.lr": [1e-4]}, "tie": {"model.alpha": "model.r"}}, "follows no key"),
-            ({"grid": {"model.r": [1]}, "tie": {"model.r": "model.r"}}, "tied and set"),
-            ({"grid": {"model.base": ["a"]}, "tie": {"model.alpha": "2*model.base"}}, "not a number"),
-        ],
-    )
-    def test_what_cannot_be_combined(self, settings: dict[str, Any], says: str) -> None:
-        with pytest.raises(LabError, match=says):
-            grid_points(SweepSettings(**settings))
-
-    @given(
-        st.dictionaries(
-            st.sampled_from(["model.lr", "model.r", "data.source", "model.dora"]),
-            st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(), st.booleans(), st.text()),
-        )
-    )
-    def test_a_name_is_one_folder(self, settings: dict[str, Any]) -> None:
-        name = run_name(settings)
-        assert "/" not in name
-        assert len(name) <= 120
-        assert name.isprintable()
-
-    def test_settings_of_one_name_get_numbers(self) -> None:
-        long = {"data.source": ["/a/x.jsonl", "/a|x.jsonl"]}
-        assert [p.name for p in grid_points(SweepSettings(grid=long))] == ["sourcea-x.jsonl", "sourcea-x.jsonl-2"]
-
-
-class TestSpace:
-    def test_whole_numbers_stay_whole(self) -> None:
-        space = flatten_space(
-            {"model": {"r": {"low": 4, "high": 64}, "lr": {"low": "1e-5", "high": 1e-3, "log": True}}}
-        )
-        assert space == {
-            "model.r": {"low": 4, "high": 64},
-            "model.lr": {"low": 1e-5, "high": 1e-3, "log": True},
-        }
-
-    @pytest.mark.parametrize(
-        "range_",
-        [
-            {"low": 1},
-            {"low": 2, "high": 1},
-            {"low": 0.0, "high": 1.0, "log": True},
-            {"low": 1, "high": 2, "log": True, "step": 1},
-            {"choices": []},
-            {"choices": [1], "low": 1},
-            {"low": "x", "high": 1},
-            {"low": 1, "high": 2, "prior": 3},
-            [1, 2],
-        ],
-    )
-    def test_impossible_ranges(self, range_: Any) -> None:
-        with pytest.raises(LabError, match=r"sweep\.search: model\.lr"):
-            flatten_space({"model.lr": range_})
-
+class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "says"),
         [
             (SEARCH | GRID, "a search and a grid"),
             (SEARCH | {"trials": 0}, "at least 1"),
             (GRID | {"prune": True}, "for a search"),
-            ({"grid": {"run_dir": ["a"]}}, "run_dir cannot be varied"),
-            ({"settings": [{"sweep.seed": 1}]}, "sweep.seed cannot be varied"),
         ],
     )
     def test_settings_that_exclude_each_other(self, tmp_path: Path, settings: dict[str, Any], says: str) -> None:
@@ -141,9 +40,12 @@ class TestSpace:
             Sweep(tmp_path, SweepSettings(**settings), "", lambda point: point, lambda points: None)
 
 
-def start(folder: Path, settings: dict[str, Any], step_s: float = 0.02, name: str = "sweep") -> "subprocess.Popen[str]":
+def start(
+    folder: Path, settings: dict[str, Any], step_s: float = 0.02, before: tuple[str, ...] = ()
+) -> "subprocess.Popen[str]":
+    fake = str(ROOT / "tests" / "experiments" / "fake_lab.py")
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "experiments" / "fake_lab.py"), "worker", name, json.dumps(settings)],
+        [*before, sys.executable, fake, "worker", "sweep", json.dumps(settings)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "STEP_S": str(step_s)},
         stdout=subprocess.PIPE,
@@ -204,41 +106,75 @@ def test_the_same_command_again_does_nothing(whole: Path) -> None:
     assert steps(whole) == before
 
 
-def kill_tree(process: "subprocess.Popen[str]", folder: Path) -> None:
-    """The worker and the run that it started, which leads a session of its own."""
-    process.kill()
-    process.communicate()
+def processes_in(folder: Path) -> set[int]:
+    """All processes that work in a directory."""
+    found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if os.readlink(entry / "cwd") == str(folder):
-                    os.kill(int(entry.name), signal.SIGKILL)
+                if os.readlink(entry / "cwd") == str(folder) and (entry / "cmdline").read_bytes():
+                    found.add(int(entry.name))
             except OSError:
                 continue
+    return found
 
 
-@pytest.mark.parametrize("seed", range(6))
+def kill_tree(process: "subprocess.Popen[str]", folder: Path) -> None:
+    """The worker, and the run that it started, which leads a session of its own."""
+    process.kill()
+    process.communicate()
+    for pid in processes_in(folder):
+        os.kill(pid, signal.SIGKILL)
+
+
+def wait_for_steps(folder: Path, count: int, process: "subprocess.Popen[str]") -> None:
+    """Until so many steps have been made in all, or the worker has ended."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and (
+        not (folder / "steps.log").exists() or len((folder / "steps.log").read_text().splitlines()) < count
+    ):
+        assert time.monotonic() < deadline, "so many steps were never made"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_killed_at_random_points_it_ends_as_if_left_alone(whole: Path, tmp_path: Path, seed: int) -> None:
     """By SIGKILL of the worker, of worker and run, or by SIGTERM, which finishes a step first."""
     chance = random.Random(seed)
-    for _ in range(4):
+    ways = ["worker", "both", "term"]
+    for i, after in enumerate(sorted(chance.sample(range(1, 6 * STEPS), 3))):
         process = start(tmp_path, GRID)
-        time.sleep(0.6 + chance.random() * 2)
-        how = chance.choice(["worker", "both", "term"])
+        wait_for_steps(tmp_path, after, process)
+        time.sleep(chance.random() * 0.1)
+        how = ways[(i + seed) % 3]
         if how == "both":
             kill_tree(process, tmp_path)
         elif how == "worker":
             process.kill()
             process.communicate()
-        elif process.poll() is None:
+        else:
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=60)
-            assert process.returncode in (-15, 0, 143)  # -15: before the first trial
+            # a run that outlived its worker may have made these steps, so that this one had not begun (-15) or had ended
+            assert process.returncode in (143, 0, -15)
     finish(tmp_path, GRID)
     assert record(tmp_path) == record(whole)
     for trial in record(whole):
         ours, theirs = (folder / "sweep" / trial["run"] / "metrics.csv" for folder in (tmp_path, whole))
         assert ours.read_text() == theirs.read_text()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.15, 0.3, 0.45, 0.6])
+def test_killed_while_it_begins(whole: Path, tmp_path: Path, delay: float) -> None:
+    process = start(tmp_path, GRID)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "sweep").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(delay)
+    kill_tree(process, tmp_path)
+    finish(tmp_path, GRID)
+    assert record(tmp_path) == record(whole)
 
 
 def test_two_workers_share_the_trials(whole: Path, tmp_path: Path) -> None:
@@ -256,17 +192,16 @@ def test_two_workers_share_the_trials(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_whose_worker_was_killed_is_left_to_end(tmp_path: Path) -> None:
-    settings = {"grid": {"model.lr": [1e-4]}}
+    settings = {"grid": {"model.lr": [1e-4, 2e-4]}}
     process = start(tmp_path, settings, step_s=0.4)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "steps.log").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_steps(tmp_path, 1, process)
     process.kill()
     process.communicate()
     errors = finish(tmp_path, settings)
-    assert "is run by another process; waiting for it" in errors
-    assert steps(tmp_path) == Counter(f"lr1e-4 {step}" for step in range(1, STEPS + 1))  # each once
+    assert "is still run by the process that a killed worker left; waiting for it" in errors
+    made = (tmp_path / "steps.log").read_text().splitlines()
+    # each once, and the next trial only after it
+    assert made == [f"{name} {step}" for name in ("lr1e-4", "lr2e-4") for step in range(1, STEPS + 1)]
 
 
 def test_a_failed_trial_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -290,12 +225,38 @@ def test_a_failed_trial_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None
 def test_a_run_killed_by_the_system_is_a_failed_trial(tmp_path: Path) -> None:
     settings = {"grid": {"model.lr": [1e-4]}}
     process = start(tmp_path, settings, step_s=0.5)
-    while not (tmp_path / "steps.log").exists():
-        time.sleep(0.01)
-    subprocess.run(["pkill", "-KILL", "-f", "run_dir=sweep/trials/lr1e-4"], check=True)
+    wait_for_steps(tmp_path, 1, process)
+    for pid in processes_in(tmp_path) - {process.pid}:
+        os.kill(pid, signal.SIGKILL)
     assert process.wait(timeout=30) == 1
     assert record(tmp_path)[0]["error"] == "killed by SIGKILL, most likely for memory"
     finish(tmp_path, settings | {"retry_failed": True})
+    assert record(tmp_path)[0]["state"] == "complete"
+
+
+def test_a_run_that_is_stopped_alone_stops_its_worker(tmp_path: Path) -> None:
+    settings = {"grid": {"model.lr": [1e-4]}}
+    process = start(tmp_path, settings, step_s=0.3)
+    wait_for_steps(tmp_path, 1, process)
+    for pid in processes_in(tmp_path) - {process.pid}:
+        os.kill(pid, signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    finish(tmp_path, settings)
+    assert set(steps(tmp_path).values()) == {1}
+
+
+def test_a_damaged_run_is_a_failed_trial(tmp_path: Path) -> None:
+    settings = {"grid": {"model.lr": [1e-4, 2e-4]}}
+    process = start(tmp_path, settings)
+    wait_for_steps(tmp_path, STEPS + 1, process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    (tmp_path / "sweep" / "trials" / "lr2e-4" / "config.yaml").write_text("[")
+    with (tmp_path / "sweep" / "trials" / "lr2e-4" / "checkpoints" / "last.ckpt").open("w") as file:
+        file.write("8")  # nothing left to train, so that the stand-in leaves the rest
+    (tmp_path / "sweep" / "trials" / "lr2e-4" / "metrics.csv").write_text("step,train_loss,val_loss\n1,x,\n")
+    finish(tmp_path, settings, status=1)
+    assert "metrics.csv line 2" in record(tmp_path)[1]["error"]
     assert record(tmp_path)[0]["state"] == "complete"
 
 
@@ -306,18 +267,77 @@ def test_a_grid_can_grow(whole: Path, tmp_path: Path) -> None:
     assert {t["name"]: t["value"] for t in record(tmp_path)} == {t["name"]: t["value"] for t in record(whole)}
 
 
-def test_ctrl_c_stops_after_the_step_and_saves(tmp_path: Path) -> None:
+def test_points_that_are_taken_out_before_they_begin_are_not_run(tmp_path: Path) -> None:
+    process = start(tmp_path, {"grid": {"model.lr": [1e-4, 7.0, 2e-4]}}, step_s=0.2)
+    wait_for_steps(tmp_path, 1, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    finish(tmp_path, {"grid": {"model.lr": [1e-4, 2e-4]}})
+    assert [t["name"] for t in record(tmp_path)] == ["lr1e-4", "lr2e-4"]
+    finish(tmp_path, {"grid": {"model.lr": [1e-4, 7.0, 2e-4]}}, status=1)  # and put back
+    assert {t["name"]: t["state"] for t in record(tmp_path)} == {
+        "lr1e-4": "complete",
+        "lr2e-4": "complete",
+        "lr7": "failed",
+    }
+
+
+def test_a_name_that_now_means_something_else(tmp_path: Path) -> None:
+    finish(tmp_path, {"settings": [{"name": "baseline", "model.lr": 1e-4}]})
+    errors = finish(tmp_path, {"settings": [{"name": "baseline", "model.lr": 2e-4}]}, status=1)
+    assert "LabError: sweep: there is a run baseline already" in errors
+    assert [t["settings"] for t in record(tmp_path)] == [{"model.lr": 1e-4}]
+
+
+def test_names_beside_each_other_are_runs_of_their_own(tmp_path: Path) -> None:
+    """`fit --run_dir x` must write to x although x-2 is there."""
+    settings = [{"name": "x-2", "model.lr": 1e-4}, {"name": "x", "model.lr": 2e-4}, {}]
+    finish(tmp_path, {"settings": settings})
+    assert sorted(p.name for p in (tmp_path / "sweep" / "trials").iterdir()) == ["base", "x", "x-2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_after_the_step_and_saves(tmp_path: Path, number: signal.Signals) -> None:
     settings = {"grid": {"model.lr": [1e-4, 2e-4]}}
     process = start(tmp_path, settings, step_s=0.2)
-    while not (tmp_path / "steps.log").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    wait_for_steps(tmp_path, 1, process)
+    process.send_signal(number)
     errors = process.communicate(timeout=30)[1]
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "the same command continues the sweep" in errors
     assert [t["state"] for t in record(tmp_path)] == ["running", "waiting"]
+    assert processes_in(tmp_path) == set()
     finish(tmp_path, settings)
     assert set(steps(tmp_path).values()) == {1}  # it went on from the very step
+
+
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    process = start(tmp_path, {"grid": {"model.lr": [1e-4]}}, step_s=5)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("sweep/trials/*/checkpoints/last.ckpt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=4)
+    assert process.returncode == 130
+    assert processes_in(tmp_path) == set()
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    settings = {"grid": {"model.lr": [1e-4]}}
+    process = start(tmp_path, settings, step_s=0.1, before=("nohup",))
+    wait_for_steps(tmp_path, 1, process)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=30) == 0
+    assert record(tmp_path)[0]["state"] == "complete"
+
+
+def sweep_of(sweep: Sweep) -> int | None:
+    """Begin it and take its first trial."""
+    sweep._open()
+    return sweep._claim()
 
 
 class TestAnotherSweep:
@@ -329,12 +349,16 @@ class TestAnotherSweep:
 
         sweep("model: {lr: 1, r: 4}", **GRID)._open()
         sweep("model: {lr: 1, r: 4}", **GRID)._open()
-        with pytest.raises(LabError, match=r"a sweep with model\.r 4, not 5"):
-            sweep("model: {lr: 1, r: 5}", **GRID).run()
-        with pytest.raises(LabError, match="whose kind is grid, not search"):
-            sweep("model: {lr: 1, r: 4}", **SEARCH).run()
-        with pytest.raises(LabError, match="whose tie is None"):
-            sweep("model: {lr: 1, r: 4}", **GRID, tie={"model.alpha": "model.r"}).run()
+        sweep("model: {lr: 1, r: 5}", **GRID)._open()  # nothing has begun: it can still be put right
+        number = sweep_of(sweep("model: {lr: 1, r: 5}", **GRID))
+        assert number == 0
+        with pytest.raises(LabError, match=r"a sweep with model\.r 5, not 6"):
+            sweep("model: {lr: 1, r: 6}", **GRID).run()
+        with pytest.raises(LabError, match="with kind 'grid', not 'search'"):
+            sweep("model: {lr: 1, r: 5}", **SEARCH).run()
+        with pytest.raises(LabError, match="with tie None, not"):
+            sweep("model: {lr: 1, r: 5}", **GRID, tie={"model.alpha": "model.r"}).run()
+        sweep("model: {lr: 1, r: 5, new: 1}", **GRID)._open()  # a key that an older version did not know
 
     def test_over_something_else(self, tmp_path: Path) -> None:
         (tmp_path / "metrics.csv").write_text("")
@@ -368,9 +392,10 @@ class TestSearch:
     def test_killed_it_draws_the_same(self, searched: Path, tmp_path: Path, seed: int) -> None:
         chance = random.Random(seed)
         settings = SEARCH | {"prune": True}
-        for _ in range(3):
+        for after in sorted(chance.sample(range(1, 40), 3)):
             process = start(tmp_path, settings)
-            time.sleep(0.8 + chance.random() * 1.5)
+            wait_for_steps(tmp_path, after, process)
+            time.sleep(chance.random() * 0.1)
             kill_tree(process, tmp_path)
         finish(tmp_path, settings)
         assert record(tmp_path) == record(searched)
@@ -390,15 +415,3 @@ class TestSearch:
         settings = {"search": {"model": {"r": {"choices": [8, 16]}}}, "tie": {"model.alpha": "2*model.r"}, "trials": 2}
         finish(tmp_path, settings)
         assert all(t["settings"]["model.alpha"] == 2 * t["settings"]["model.r"] for t in record(tmp_path))
-
-
-def test_flags_of_lists_and_nothing() -> None:
-    point = Point(
-        "p", {"model.target_modules": ["q_proj"], "data.rows": None, "model.dora": True, "data.source": "a b"}
-    )
-    assert point.flags == [
-        '--model.target_modules=["q_proj"]',
-        "--data.rows=null",
-        "--model.dora=true",
-        "--data.source=a b",
-    ]

@@ -198,6 +198,8 @@ def lock_run(run_dir: Path) -> IO[str]:
             return file
         except BlockingIOError:
             time.sleep(0.05)
+        except OSError:  # a file system without locks: the run is not guarded, and reports call it stopped
+            return file
     file.close()
     raise LabError(f"{run_dir}: another process is training this run; wait for it, or stop it first")
 
