@@ -17,6 +17,7 @@ import torch
 
 from lightning_lab.cache import cache_dir
 from lightning_lab.errors import LabError
+from lightning_lab.models.cpu_attention import bound_kernel_caches
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -141,6 +142,8 @@ def load_base(
     """
     if bits not in (4, 8, 16):
         raise LabError(f"model.bits: {bits} is not supported; use 4, 8 or 16")
+    if device.type == "cpu":
+        bound_kernel_caches()
     config = load_config(source)
     folder = _folder(source, weights=True)
     _quiet_libraries()

@@ -155,7 +155,7 @@ def test_killed_at_random_points_it_ends_as_if_left_alone(whole: Path, tmp_path:
         else:
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=60)
-            # a run that outlived its worker may have made these steps, so that this one had not begun (-15) or had ended
+            # a run that outlived its worker may have made these steps: this one had not begun (-15), or had ended
             assert process.returncode in (143, 0, -15)
     finish(tmp_path, GRID)
     assert record(tmp_path) == record(whole)

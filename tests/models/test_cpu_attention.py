@@ -1,5 +1,8 @@
 """The CPU's attention against dense attention in float64; its bfloat16 gradients against PyTorch's kernel."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,3 +73,34 @@ def test_bfloat16_in_blocks_is_as_near_to_float64_as_the_flash_kernel(sharpness:
 
     distances = [(whole(found) - whole(wanted)).norm().item() for found in (ours, theirs)]
     assert distances[0] < 1.1 * distances[1]
+
+
+GROWTH = """
+import ctypes, torch
+from lightning_lab.models.cpu_attention import bound_kernel_caches
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "a b c d e f g uordblks h i".split()]
+mallinfo2 = ctypes.CDLL("libc.so.6").mallinfo2
+mallinfo2.restype = Heap
+if BOUND:
+    bound_kernel_caches()
+weight = torch.randn(1536, 576).bfloat16()
+for tokens in range(64, 464):
+    if tokens == 264:
+        before = mallinfo2().uordblks
+    torch.nn.functional.linear(torch.randn(tokens, 576).bfloat16(), weight)
+print((mallinfo2().uordblks - before) / 2**20)
+"""
+
+
+def test_products_of_ever_new_lengths_do_not_fill_the_memory() -> None:
+    """200 more lengths, after 200 others; glibc's own count of what is allocated, in MiB."""
+
+    def growth(bound: bool) -> float:
+        code = GROWTH.replace("BOUND", str(bound))
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    unbounded = growth(False)
+    if unbounded < 20:
+        pytest.skip("on this CPU bfloat16 products do not go through oneDNN")
+    assert growth(True) < unbounded / 10
