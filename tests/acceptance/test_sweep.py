@@ -13,6 +13,7 @@ import pytest
 
 from lightning_lab.__main__ import main
 from tests.acceptance.conftest import ROOT, lab, metrics, start, validations
+from tests.processes import processes_in
 
 GRID = ("--sweep.grid", "{model.lr: [1e-3, 3e-3], model.r: [8]}", "--sweep.tie", "{model.alpha: model.r}")
 
@@ -29,10 +30,11 @@ def folder(tiny_args: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline, "the run never came to that step"
             time.sleep(0.005)
-        if number == signal.SIGKILL:  # the run as well, which leads a session of its own
-            subprocess.run(["pkill", "-KILL", "-f", f"run_dir=runs/embedded/trials/{trial}"], check=False)
         process.send_signal(number)
         process.communicate(timeout=120)
+        if number == signal.SIGKILL:  # the run as well, which leads a session of its own
+            for pid in processes_in(folder):
+                os.kill(pid, number)
     process = start("sweep", *tiny_args, *GRID, cwd=folder)
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0, errors
