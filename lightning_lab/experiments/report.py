@@ -325,6 +325,13 @@ def _parser() -> argparse.ArgumentParser:
         help="only compare two runs: directories, or names of runs among those of RUN",
     )
     parser.add_argument(
+        "--comparisons",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --compare: this is one of N comparisons whose intervals shall hold together (Bonferroni)",
+    )
+    parser.add_argument(
         "--split", choices=SPLITS, default="test", help="on which to compare; needs its evaluation (default: test)"
     )
     parser.add_argument(
@@ -337,6 +344,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(options: argparse.Namespace) -> int:
+    if options.comparisons != 1:
+        raise LabError("--comparisons is for --compare; a whole report counts its comparisons itself")
     if not options.runs:
         raise LabError("report needs a RUN: a run directory, a sweep's directory or a folder of runs, such as runs")
     report = read_report(options.runs, split=options.split, reference=bool(options.reference))
@@ -372,7 +381,7 @@ def _compare(options: argparse.Namespace) -> int:
         runs.append(known[name] if name in known else read_run(Path(name)))
     if runs[0].name == runs[1].name:
         runs = [replace(run, name=str(run.path)) for run in runs]
-    comparison = compare(runs[0], runs[1], options.split)
+    comparison = compare(runs[0], runs[1], options.split, comparisons=options.comparisons)
     print(_json(comparison.record()) if options.json else comparison_text(comparison), end="", flush=True)
     return 0
 

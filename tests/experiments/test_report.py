@@ -415,6 +415,17 @@ class TestComparisons:
         assert record["interval"]["low"] < record["difference"] < record["interval"]["high"] < 0
         assert record["is_real"] is True
 
+    def test_one_of_several(self, lab: Path, report: Any) -> None:
+        write_test(lab / "baseline"), write_test(lab / "lr3e-4_r32", -0.05)
+        pair = ("--compare", lab / "baseline", lab / "lr3e-4_r32")
+        output = report(*pair, "--comparisons", 5).out
+        assert ", corrected for 5 comparisons" in output
+        assert "99 % interval" in output  # 1 - 0.05 / 5
+        wide, narrow = (
+            json.loads(report(*pair, *more, "--json").out)["interval"] for more in (("--comparisons", 5), ())
+        )
+        assert wide["low"] < narrow["low"] < narrow["high"] < wide["high"]
+
     def test_two_runs_of_one_name(self, tmp_path: Path, report: Any) -> None:
         paths = [write_lab_run(tmp_path / folder / "a", BASELINE) for folder in ("x", "y")]
         for path in paths:
@@ -432,6 +443,8 @@ class TestComparisons:
             ),
             (["--compare", "RUNS/baseline", "RUNS"], "RUNS: is not a run directory"),
             (["--compare", "RUNS/baseline"], "argument --compare: expected 2 arguments"),
+            (["RUNS", "--comparisons", "3"], "--comparisons is for --compare"),
+            (["--compare", "RUNS/baseline", "RUNS/lr3e-4_r32", "--comparisons", "0"], "comparisons be at least 1"),
             (["--compare", "a", "b", "--out", "x"], "--out is for a whole report"),
             (["--compare", "a", "b", "--reference", "seed"], "--reference is for a whole report"),
         ],
