@@ -2,8 +2,9 @@
 
 A trial is an ordinary run directory, trained by ``fit`` in a process of its own. What has been done is in SQLite,
 through Optuna's storage. Who is doing it is told by locks (flock), which the system drops when their holder dies,
-however it dies: a trial that the database calls running and nobody holds is one to continue from its checkpoint. A
-trial's process inherits the lock, so a trial whose sweep was killed alone is left in peace until it ends.
+however it dies: a trial that the database calls running and whose worker is gone is one to continue from its
+checkpoint. A second lock is inherited by the trial's own process, so a run that outlived its worker is left in peace
+until it ends.
 """
 
 from __future__ import annotations
