@@ -30,11 +30,11 @@ MIB = 2**20
 # On a CPU: free memory between live blocks of glibc's heap, as a share of the activations. Micro-batches differ in
 # length, and what one pass frees is cut up by small blocks that stay, so the next pass's tensors do not fit into it.
 # With SmolLM2 and 2,048 tokens, mallinfo2 counted 165 MiB of such holes in a run's first pass, 770 more in its second,
-# beside 1,336 MiB of live activations (bfloat16, checkpointing none; as many with gradients allocated beforehand). The
-# share that meets the measured peak is 0.6 with none and 0.9 in float32. Compiled layers make fewer temporary tensors
-# among those that stay: 0.2. What one layer's pass and a chunk of logits take leaves holes as well, which is most of
-# them where little is kept: twice that meets the measured peaks of full and selective within 5 %.
-HEAP_HOLES = {"eager": 0.65, "compiled": 0.2}
+# beside 1,336 MiB of live activations (bfloat16, checkpointing none; as many with gradients allocated beforehand). In
+# bfloat16, 0.5 meets the peaks of six runs of 60 steps within 8 % (kernels bounded, see models/cpu_attention.py); in
+# float32 it was 0.9. Compiled layers make fewer temporary tensors among those that stay: 0.2. What one layer's pass and
+# a chunk of logits take leaves holes as well, which is most of them where little is kept: twice that.
+HEAP_HOLES = {"16 bits": 0.5, "float32": 0.9, "compiled": 0.2}
 HEAP_TRANSIENTS = 2
 MMAP_THRESHOLD = 32 * MIB  # glibc returns freed blocks from this size on (M_MMAP_THRESHOLD_MAX); the heap keeps others
 MEMORY_SHARE = 0.85  # of the free memory is what `auto` takes: predictions are within 10 % of the measured peaks
@@ -196,7 +196,7 @@ def memory(
             sizes = [c * i * o for i, o in shapes.values()]
             parts["left by quantising"] = layers * sum(size for size in sizes if size < MMAP_THRESHOLD)
         if kept:
-            share = HEAP_HOLES["compiled" if settings.compiled else "eager"]
+            share = HEAP_HOLES["compiled" if settings.compiled else "16 bits" if c == 2 else "float32"]
             parts["holes in the heap"] = int(share * kept) + HEAP_TRANSIENTS * (passing + logits)
     return parts
 

@@ -162,7 +162,7 @@ def test_the_heap_of_a_cpu() -> None:
     gpu, cpu = (memory(config, settings(dtype_bytes=2), tokens, 700, cpu=cpu) for cpu in (False, True))
     added = {name: size for name, size in cpu.items() if name not in gpu}
     holes, left = added.pop("holes in the heap"), added.pop("left by quantising")
-    assert holes == int(HEAP_HOLES["eager"] * activations(gpu)) + HEAP_TRANSIENTS * sum(added.values())
+    assert holes == int(HEAP_HOLES["16 bits"] * activations(gpu)) + HEAP_TRANSIENTS * sum(added.values())
     # 16 layers in bfloat16; gate, up and down (2,048 x 8,192) are exactly the 32 MiB that glibc gives back
     assert left == 16 * 2 * (2 * 2048 * 2048 + 2 * 2048 * 512)
     # a GPU's memory counts the larger of the layer's pass and the logits; a CPU's chunks are of 2**23 elements
