@@ -43,6 +43,11 @@ class TestSettings:
             Sweep(tmp_path, SweepSettings(**settings), "", lambda point: point, lambda points: None)
 
 
+def _hear_hangups() -> None:
+    """The tests themselves may run under nohup, and what is ignored is inherited."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start(
     folder: Path, settings: dict[str, Any], step_s: float = 0.02, before: tuple[str, ...] = ()
 ) -> "subprocess.Popen[str]":
@@ -51,6 +56,7 @@ def start(
         [*before, sys.executable, fake, "worker", "sweep", json.dumps(settings)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "STEP_S": str(step_s)},
+        preexec_fn=_hear_hangups,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
