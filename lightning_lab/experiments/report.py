@@ -29,6 +29,7 @@ from lightning_lab.experiments.runs import (
     read_run,
     read_sweep,
     run_directories,
+    write_whole,
 )
 from lightning_lab.experiments.sections import comparison_text, notes, published, ranking_table, sections
 
@@ -229,7 +230,7 @@ class Report:
         try:
             out.mkdir(parents=True, exist_ok=True)
             for name, content in zip(REPORT_FILES, (self.markdown().encode(), page.encode(), png(wide)), strict=True):
-                _write(out / name, content)
+                write_whole(out / name, content)
         except OSError as error:
             raise LabError(f"{out}: cannot be written ({error.strerror or error}); pass --out") from None
 
@@ -406,13 +407,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _finite(inner) for key, inner in value.items()}
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _line(path: Path, error: Exception) -> str:

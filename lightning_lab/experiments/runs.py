@@ -297,6 +297,13 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, also beside another process that writes it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings to dotted keys; lists and empty mappings are values."""
     flat: dict[str, Any] = {}

@@ -34,7 +34,7 @@ from lightning_lab.experiments.points import (
     search_corners,
     search_space,
 )
-from lightning_lab.experiments.runs import SWEEP_FILE, TRIALS, flatten, read_run
+from lightning_lab.experiments.runs import SWEEP_FILE, TRIALS, flatten, read_run, write_whole
 
 if TYPE_CHECKING:
     import optuna
@@ -234,8 +234,9 @@ class Sweep:
                             "another --run_dir, or delete the sweep"
                         )
             return
-        _write(record, json.dumps({"name": self.directory.name, "definition": definition, "trials": []}) + "\n")
-        _write(config, self.base)
+        empty = {"name": self.directory.name, "definition": definition, "trials": []}
+        write_whole(record, (json.dumps(empty) + "\n").encode())
+        write_whole(config, self.base.encode())
 
     @contextmanager
     def _exclusive(self, name: str = "sweep.lock", waiting_for: str = "") -> Iterator[None]:
@@ -279,7 +280,7 @@ class Sweep:
             "definition": definition,
             "trials": trials,
         }
-        _write(path, json.dumps(record, indent=2) + "\n")
+        write_whole(path, (json.dumps(record, indent=2) + "\n").encode())
 
     # -- who runs what -------------------------------------------------------------------------------------------
 
@@ -354,15 +355,13 @@ class Sweep:
             values[key] = draw(trial, key, range_)
         if "settings" in trial.user_attrs:
             return True
-        error = None
+        point, error = drawn_point(number, values, self.settings), None
         try:
-            point = drawn_point(number, values, self.settings)
-            settings = dict(point.settings)
-            settings = dict(self.resolve(point).settings)
+            point = self.resolve(point)
         except LabError as problem:
             error = str(problem)
         trial.set_user_attr("name", point.name)
-        trial.set_user_attr("settings", settings)
+        trial.set_user_attr("settings", dict(point.settings))
         if error is not None:
             self._end(number, None, error)
         return error is None
@@ -625,10 +624,3 @@ def _why(status: int, log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [f"exit status {status}"])[-1].removeprefix("error: ")[:500]
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -42,9 +42,9 @@ def resolve_run(command: str, name: str, run_dir: str | None, ckpt_path: str | N
         LabError: A checkpoint is needed, or the one named does not exist.
 
     """
-    fresh = unused_directory(Path(run_dir) if run_dir else RUNS / name)
-    if run_dir and not Path(run_dir).exists():  # asked for by name: another one's number means nothing
-        fresh = Path(run_dir)
+    wanted = Path(run_dir) if run_dir else RUNS / name
+    # one that is asked for and free is taken, whatever numbers stand beside it
+    fresh = wanted if run_dir and not wanted.exists() else unused_directory(wanted)
     if ckpt_path is None:
         if command == "fit":
             return RunPaths(fresh)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lightning_lab.errors import LabError
-from lightning_lab.experiments.points import SweepSettings
+from lightning_lab.experiments.points import Point, SweepSettings
 from lightning_lab.experiments.sweep import Sweep
 from tests.experiments.fake_lab import STEPS, loss
 from tests.processes import processes_in
@@ -414,6 +414,22 @@ class TestSearch:
         after = record(tmp_path)
         assert sorted(t["name"] for t in after) == sorted(t["name"] for t in before)
         assert {t["name"]: t["settings"] for t in after} == {t["name"]: t["settings"] for t in before}
+
+    def test_drawn_values_that_cannot_run_are_failed_trials(self, tmp_path: Path) -> None:
+        """The ends of the range can; what lies between them cannot, and is never started."""
+
+        def resolve(point: Point) -> Point:
+            if point.settings["model.lr"] not in (1.0, 2.0):
+                raise LabError(f"model.lr is {point.settings['model.lr']}; it must be whole")
+            return point
+
+        settings = SweepSettings(search={"model.lr": {"low": 1.0, "high": 2.0}}, trials=3)
+        directory = tmp_path / "sweep"
+        sweep = Sweep(directory, settings, "model: {}", resolve, lambda points: None, ("false",))
+        assert sweep.run() == 1
+        assert [t["state"] for t in record(tmp_path)] == ["failed"] * 3
+        assert all("it must be whole" in t["error"] for t in record(tmp_path))
+        assert not list((directory / "logs").iterdir())
 
     def test_more_trials_can_be_asked_for(self, tmp_path: Path) -> None:
         finish(tmp_path, SEARCH | {"trials": 2})

@@ -37,6 +37,12 @@ class TestFit:
     def test_a_new_run_has_the_first_configs_name(self) -> None:
         assert resolved("fit", "a", None, None) == ("runs/a", None)
 
+    def test_a_free_run_dir_is_taken_whatever_stands_beside_it(self) -> None:
+        make("trials/x-2")
+        assert resolved("fit", "a", "trials/x", None) == ("trials/x", None)
+        make("trials/x")
+        assert resolved("fit", "a", "trials/x", None) == ("trials/x-3", None)
+
     def test_suffixes(self) -> None:
         make("runs/a")
         assert resolved("fit", "a", None, None) == ("runs/a-2", None)
