@@ -13,6 +13,10 @@ import torch
 from lightning_lab.models.base import locate
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", action="store_true", help="write tests/acceptance/golden.json anew")
+
+
 def _package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
