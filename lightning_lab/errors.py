@@ -1,4 +1,11 @@
-"""The one exception for anything a user can put right."""
+"""The one exception for anything a user can put right, and the ranges of numeric settings."""
+
+import math
+from collections.abc import Mapping
+
+LONGEST = 1_200  # characters of a message; a key of a megabyte is not repeated whole
+
+Range = tuple[float, float]
 
 
 class LabError(Exception):
@@ -9,4 +16,30 @@ class LabError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        if len(line) > LONGEST:
+            line = f"{line[: LONGEST - 400]} ... {line[-400:]}"
+        super().__init__(line)
+
+
+def check_ranges(section: str, settings: Mapping[str, object], ranges: Mapping[str, Range]) -> None:
+    """Refuse numbers outside their range, ends included; NaN always, None never, and values that are no numbers never.
+
+    Args:
+        section: ``model`` or ``data``, put before each key; empty for keys without one.
+        settings: Values by key.
+        ranges: Lowest and highest allowed value by key.
+
+    Raises:
+        LabError: Names the key, its value and the range.
+
+    """
+    for key, (low, high) in ranges.items():
+        value = settings[key]
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if math.isnan(number) or not low <= number <= high:
+                name = f"{section}.{key}" if section else key
+                bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                raise LabError(f"{name} is {number:g}; it must be {bounds}")

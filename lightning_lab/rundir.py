@@ -1,0 +1,405 @@
+"""The run directory: which one a command takes, what its files are called, and how they are read and written.
+
+Everything that names, locks, reads or replaces a file of a run goes through here. Nothing of torch is imported: reports
+read runs of other machines and versions by this contract alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import yaml
+
+from lightning_lab.errors import LabError
+
+RUNS = Path("runs")
+BASE = "base"
+CONFIG, ENVIRONMENT, METRICS, LOSSES = "config.yaml", "environment.json", "metrics.csv", "losses.md"
+SAMPLES, CURVE, CHECKPOINTS, LOCK = "samples.md", "loss_curve.png", "checkpoints", ".lock"
+SUMS = "SHA256SUMS"  # beside the files of an exported adapter, as `sha256sum --check` reads it
+TRAIN_COLUMNS = (
+    "epoch",
+    "train_loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "supervised_tokens",
+    "padded_tokens",
+    "tokens_per_second",
+    "peak_memory_mib",
+)
+VALIDATION_COLUMNS = ("val_loss", "val_loss_hf", "val_token_accuracy", "val_perplexity")
+COLUMNS = ("step", *TRAIN_COLUMNS, *VALIDATION_COLUMNS)
+LARGEST_YAML = 100_000  # nodes, with all aliases written out; a config has about 100
+
+# --- which directory, which checkpoint ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """A command's run directory and checkpoint file; no checkpoint for a new run or the untouched base."""
+
+    run_dir: Path
+    checkpoint: Path | None = None
+
+
+def resolve_run(command: str, name: str, run_dir: str | None, ckpt_path: str | None) -> RunPaths:
+    """Decide where a command reads and writes. Creates nothing.
+
+    `fit` continues in place from ``last``; from any other checkpoint it makes a run of its own.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        name: The run's name: the first config's.
+        run_dir: The ``run_dir`` key, or None for ``runs/<name>`` (its newest for anything but a new run).
+        ckpt_path: ``best``, ``last``, ``base``, a file, or None.
+
+    Raises:
+        LabError: A checkpoint is needed, the one named does not exist, or the directory is a file.
+
+    """
+    asked = Path(run_dir).expanduser() if run_dir else None
+    if asked and asked.exists() and not asked.is_dir():
+        raise LabError(f"run_dir: {asked} is a file; name a directory, or one that does not exist yet")
+    checkpoint = _checkpoint(command, name, asked, ckpt_path)
+    if command == "fit" and ckpt_path != "last":
+        wanted = asked or RUNS / name
+        # one that is asked for and free is taken, whatever numbers stand beside it
+        return RunPaths(wanted if asked and not asked.exists() else unused_directory(wanted), checkpoint)
+    if asked:
+        return RunPaths(asked, checkpoint)
+    folder = checkpoint.absolute().parent if checkpoint else None
+    if checkpoint and folder and folder.name == CHECKPOINTS:
+        return RunPaths(checkpoint.parent.parent if checkpoint.parent.name else folder.parent, checkpoint)
+    return RunPaths(newest_run(name) or RUNS / name, checkpoint)
+
+
+def _checkpoint(command: str, name: str, asked: Path | None, ckpt_path: str | None) -> Path | None:
+    """The file that ``ckpt_path`` stands for; None for a new run and for the untouched base."""
+    if ckpt_path is None and command != "fit":
+        raise LabError(
+            f"{command} needs --ckpt_path: best or last (of the newest run of that name, or of --run_dir), a .ckpt "
+            "file, or base for the untouched base model"
+        )
+    if ckpt_path == BASE and command == "fit":
+        raise LabError("fit starts from the base anyway: leave --ckpt_path out, or pass last to continue a run")
+    if ckpt_path in (None, BASE):
+        return None
+    if ckpt_path in ("best", "last"):
+        file = f"{ckpt_path}.ckpt"
+        run = asked or newest_run(name, file)
+        if run is None:
+            raise LabError(
+                f"there is no run of the name {name} with a {file} under {RUNS}/; train one with `fit`, or pass "
+                "--run_dir"
+            )
+        checkpoint = run / CHECKPOINTS / file
+        if not checkpoint.is_file():
+            raise LabError(f"{checkpoint}: no such checkpoint; has the run {run} saved one yet?")
+        return checkpoint
+    checkpoint = Path(str(ckpt_path)).expanduser()
+    if checkpoint.is_dir():
+        raise LabError(f"{ckpt_path}: is a folder; name a .ckpt file (of an exported adapter, the one beside it)")
+    if not checkpoint.is_file():
+        raise LabError(f"{ckpt_path}: no such checkpoint; pass best, last, base or a .ckpt file")
+    return checkpoint
+
+
+def unused_directory(wanted: Path) -> Path:
+    """``wanted``, or with the number after the highest there is (-2 after none), so that the newest run is the last."""
+    numbers = [number for number, _ in _numbered(wanted.parent, wanted.name)]
+    return wanted.with_name(f"{wanted.name}-{max(numbers) + 1}") if numbers else wanted
+
+
+def newest_run(name: str, checkpoint: str | None = None) -> Path | None:
+    """The run of that name with the highest suffix under ``runs/``, or None.
+
+    ``a-2`` is the second run of ``a.yaml`` or the first of ``a-2.yaml``; the name in ``environment.json`` tells.
+
+    Args:
+        name: The run's name.
+        checkpoint: Only runs that have this file among their checkpoints: a `fit` that failed early has none.
+
+    """
+    runs = [
+        (number, path)
+        for number, path in _numbered(RUNS, name)
+        if path.is_dir()
+        and read_json(path / ENVIRONMENT).get("name", name) == name
+        and (checkpoint is None or (path / CHECKPOINTS / checkpoint).is_file())
+    ]
+    return max(runs)[1] if runs else None
+
+
+def _numbered(folder: Path, name: str) -> list[tuple[int, Path]]:
+    """What stands in a folder under that name, with the number of its suffix; 1 without one."""
+    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    matches = ((pattern.fullmatch(path.name), path) for path in folder.glob(f"{glob.escape(name)}*"))
+    return [(int(match.group(1) or 1), path) for match, path in matches if match]
+
+
+# --- one process a run ----------------------------------------------------------------------------------------------
+
+_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked child, such as a data loader's worker: a lock must not outlive the run itself."""
+    for file in list(_held):
+        file.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def lock_run(run_dir: Path) -> IO[str]:
+    """Hold a run for as long as the returned file is open and this process lives, which tells reports that it runs.
+
+    Raises:
+        LabError: Another process holds it.
+
+    """
+    with _writing(run_dir / LOCK):
+        file = (run_dir / LOCK).open("w")
+    for _ in range(20):  # a report that looks whether the run is held has the lock itself for a moment
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:  # a file system without locks: the run is not guarded, and reports call it stopped
+            break
+    else:
+        file.close()
+        raise LabError(f"{run_dir}: another process is training this run; wait for it, or stop it first")
+    _held.add(file)
+    return file
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a living process trains the run."""
+    try:
+        with (run_dir / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or a file system without locks
+        pass
+    return False
+
+
+# --- files: whole or not at all -------------------------------------------------------------------------------------
+
+
+class _writing:
+    """Name the file where the system refuses to write it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise LabError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory with its parents.
+
+    Raises:
+        LabError: It cannot be made.
+
+    """
+    with _writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, on the disk when this returns, also beside another process that writes it.
+
+    Raises:
+        LabError: The disk is full, or the file cannot be written.
+
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_directory(path.parent)
+
+
+def sync_directory(folder: Path) -> None:
+    """Put a folder's entries on the disk, so that a renamed file survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Keep a damaged record under another name, and say so: a record never stops a run."""
+    kept = unused_directory(path.with_name(f"{path.name}.damaged"))
+    with _writing(kept):
+        path.rename(kept)
+    print(f"warning: {path}: {why}; kept as {kept.name} and begun anew", file=sys.stderr)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping of bounded size: aliases of aliases would grow without end.
+
+    Raises:
+        LabError: Names the file, and the line where there is one.
+
+    """
+    try:
+        loader = yaml.SafeLoader(path.read_bytes().decode())
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > LARGEST_YAML:
+            raise LabError(f"{path}: has more than {LARGEST_YAML:,} values with its aliases written out; shorten it")
+        content = None if node is None else loader.construct_document(node)
+    except OSError as error:
+        raise LabError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise LabError(f"{path}: is not UTF-8 text") from None
+    except RecursionError:
+        raise LabError(f"{path}: is nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise LabError(f"{path}{line}: is not YAML ({getattr(error, 'problem', None) or error})") from None
+    if not isinstance(content, dict):
+        raise LabError(f"{path}: holds no settings; a config is `key: value` lines such as those of --print_config")
+    return content
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes below and with this one, each alias written out."""
+    if id(node) not in known:
+        known[id(node)] = LARGEST_YAML + 1  # an alias of itself has no end
+        inner = node.value if isinstance(node.value, list) else []
+        parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
+
+
+def write_sums(folder: Path) -> None:
+    """Write the SHA-256 of each file of a folder beside them."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+    write_whole(folder / SUMS, "".join(f"{_sha256(path)}  {path.name}\n" for path in files))
+
+
+def check_sums(folder: Path) -> None:
+    """Compare a folder's files with their sums, where there are any.
+
+    Raises:
+        LabError: Names the first file that is missing or damaged.
+
+    """
+    if not (folder / SUMS).is_file():
+        return
+    for line in (folder / SUMS).read_bytes().decode(errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        path = folder / name
+        if not path.is_file() or _sha256(path) != digest:
+            raise LabError(f"{path}: is damaged or missing ({SUMS} of {folder} says otherwise)")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- metrics.csv ----------------------------------------------------------------------------------------------------
+
+
+class MetricsRow(NamedTuple):
+    """One row of ``metrics.csv``: as it is written, and its numbers by column, less empty cells."""
+
+    line: str
+    values: dict[str, float]
+
+
+def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one row at once; columns that it lacks stay empty."""
+    with _writing(path), path.open("a", newline="") as file:
+        header = "" if file.tell() else ",".join(COLUMNS) + "\n"
+        file.write(header + ",".join("" if row.get(c) is None else repr(row[c]) for c in COLUMNS) + "\n")
+
+
+def read_metrics(path: Path) -> tuple[list[MetricsRow], list[int]]:
+    """Whole rows in order, and the numbers of the lines (from 1) that are damaged.
+
+    A last line without an end is neither: it is being written, or a kill cut it short.
+    """
+    if not path.is_file():
+        return [], []
+    lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
+    header = lines[0].strip().split(",") if lines else []
+    rows, damaged = [], [] if {"step", "train_loss", "val_loss"} <= set(header) or not lines else [1]
+    last = {"train_loss": 0.0, "val_loss": 0.0}
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.endswith("\n"):
+            continue
+        try:
+            cells = next(csv.reader([line]))
+            values = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell}
+            kind = "train_loss" if "train_loss" in values else "val_loss"
+            if kind not in values or values["step"] <= last[kind]:
+                raise ValueError
+        except (ValueError, KeyError, StopIteration):
+            damaged.append(number)
+            continue
+        last[kind] = values["step"]
+        rows.append(MetricsRow(line, values))
+    return rows, damaged
+
+
+def keep_metrics(path: Path, step: int, *, validated: bool) -> None:
+    """Drop the rows after ``step``, and its validation row unless it was validated; set a damaged file aside first."""
+    if not path.is_file():
+        return
+    rows, damaged = read_metrics(path)
+    if damaged:
+        set_aside(path, f"line {damaged[0]} is damaged")
+    kept = [r.line for r in rows if r.values["step"] < step + ("train_loss" in r.values or validated)]
+    write_whole(path, ",".join(COLUMNS) + "\n" + "".join(kept))
+
+
+def stopped_early(validation_losses: Sequence[float], patience: int | None) -> bool:
+    """Whether the last ``patience`` validations brought no lower loss."""
+    if not patience or not validation_losses:
+        return False
+    losses = [loss if math.isfinite(loss) else math.inf for loss in validation_losses]
+    return len(losses) - 1 - losses.index(min(losses)) >= patience
