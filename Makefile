@@ -1,6 +1,7 @@
 # make env       the environment, with exactly the tested versions
 # make demo      a real 4-bit QLoRA fine-tune on this machine, no GPU and no network but the package index
 # make test      what CI runs; make test-all adds the slow tests
+# make lines     lines of code, file by file
 PYTHON ?= python3
 PY := .venv/bin/python
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -8,7 +9,7 @@ DEMO := runs/demo
 # Two processes of one thread: the tests' models are too small to keep a second thread busy. A module's tests stay together.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope
 
-.PHONY: env demo test test-all lint clean
+.PHONY: env demo test test-all lint lines clean
 
 env: .venv/ready
 
@@ -41,5 +42,9 @@ lint: env
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+lines: env
+	$(PY) -m tests.test_house
+
+# The environment and caches of tools; never runs/, which nothing can make again.
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -66,7 +66,7 @@ def write_llama_1b(folder: Path) -> None:
     """Save random weights of Llama-3.2-1B's shapes, and SmolLM2's tokenizer, whose ids all lie in its vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lightning_lab.models.base import load_tokenizer
+    from lightning_lab.data.encoding import load_tokenizer
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)

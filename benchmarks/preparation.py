@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lab.data.sources import load_rows
-from lightning_lab.models.base import locate
+from lightning_lab.hub import locate
 
 HERE = Path(__file__).parent
 # Backend -> worker, environment it runs in, and its processes (None: the tool's default).

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from lightning_lab.data.datamodule import ChatDataModule
-from lightning_lab.models.base import load_config, locate, resolve_compute_dtype
+from lightning_lab.hub import locate
+from lightning_lab.models.base import load_config, resolve_compute_dtype
 
 HERE = Path(__file__).parent
 # Backend -> worker, environment it runs in, and what differs from the common settings.

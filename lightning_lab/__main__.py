@@ -1,6 +1,17 @@
-"""Entry: ``python -m lightning_lab COMMAND ...``."""
+"""Entry: ``python -m lightning_lab COMMAND ...``; one line and status 2 for anything the user can put right."""
 
+import errno
+import logging
+import os
+import signal
 import sys
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TextIO
+
+from lightning_lab.errors import LabError
 
 COMMANDS = {
     "fit": "train: lightning_lab fit --config lr3e-4_r32.yaml",
@@ -27,6 +38,15 @@ Several --config merge left to right, then flags. `COMMAND --help` lists every k
 `COMMAND --config FILE --print_config` shows the merged result without loading anything.
 """
 
+OUT_OF_MEMORY = {
+    "fit": "lower data.micro_batch_tokens, or set model.checkpointing to full (on a GPU also offload)",
+    "validate": "lower data.eval_micro_batch_tokens or data.micro_batch_tokens",
+    "test": "lower data.eval_micro_batch_tokens or data.micro_batch_tokens",
+    "predict": "lower model.max_new_tokens or data.max_length, or use a smaller model.base",
+}
+# Of the system, never of this program: full and read-only disks, quotas, rights.
+OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENAMETOOLONG)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit status."""
@@ -41,16 +61,105 @@ def main(argv: list[str] | None = None) -> int:
         commands = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
         print(USAGE.format(commands=commands, configs="  ".join(packaged_configs())), end="")
         return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        print(f"error: unknown command {argv[0]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+    command = argv[0]
+    if command not in COMMANDS:
+        print(f"error: unknown command {command!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    if argv[0] == "report":  # it reads files alone: no torch, which takes seconds to import
+    if command == "report":  # it reads files alone: no torch, which takes seconds to import
         from lightning_lab.experiments.report import main as report
 
         return report(argv[1:])
-    from lightning_lab.cli import run
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Unbreakable(sys.stdout), _Unbreakable(sys.stderr)
+    # one that is ignored stays so: that is what nohup asks for
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # no other may set handlers
+    previous = {number: signal.signal(number, lambda received, _: sys.exit(128 + received)) for number in numbers}
+    try:
+        from lightning_lab.cli import run
 
-    return run(argv[0], argv[1:])
+        _quieten()  # not earlier: the libraries set their own levels when they are imported
+        return _in_one_line(command, lambda: run(command, argv[1:]))
+    finally:
+        sys.stdout, sys.stderr = streams
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _in_one_line(command: str, function: Callable[[], int]) -> int:
+    """Run a command; say in one line what the user can put right."""
+    import torch
+    from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        return function()
+    except (LabError, ArgumentError, MisconfigurationException) as error:
+        message = str(LabError(str(error)))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        where = "the GPU is" if isinstance(error, torch.OutOfMemoryError) else "this machine is"
+        message = f"{where} out of memory; {OUT_OF_MEMORY.get(command, 'free some, or use a smaller model.base')}"
+    except OSError as error:
+        if error.errno not in OF_THE_SYSTEM:
+            raise
+        message = str(LabError(f"{error.filename or 'a file'}: {error.strerror}"))
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            message = f"this machine is out of memory; {OUT_OF_MEMORY.get(command, 'use a smaller model.base')}"
+        elif isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            message = "lost another process of this run, whose own line says why"
+        else:
+            raise
+    rank = os.environ.get("LOCAL_RANK", "0")
+    print(f"error: {message}" if rank == "0" else f"error: process {rank}: {message}", file=sys.stderr)
+    return 2
+
+
+class _Unbreakable:
+    """A standard stream whose reader may go away, as `tee` does on Ctrl-C: what only prints never ends a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return self.stream.write(text)
+        self._give_up()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Send to nowhere what is still to come, also by code that writes to the descriptor itself."""
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _quieten() -> None:
+    """Keep library chatter that says nothing about this run away from the screen; warnings about it stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # on CPUs with AVX512-BF16 its import warns that the optional package `kernels` is absent
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*LightningCLI's args parameter.*",
+        ".*GPU available but not used.*",
+        ".*Checkpoint directory .* exists.*",
+        ".*smaller than the logging interval.*",
+        ".*recommended to use `self.log.*sync_dist.*",  # what is logged has been added up over the processes already
+        ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation needs no Checkpoints callback
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
 
 
 if __name__ == "__main__":

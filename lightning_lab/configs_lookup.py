@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from lightning_lab.errors import LabError
+from lightning_lab.files import read_yaml
+from lightning_lab.rundir import CONFIG
 
 DEFAULTS = "defaults.yaml"
 
@@ -25,30 +27,13 @@ def find_config(name: str) -> Path:
         LabError: There is no such file (names the packaged ones), or it is not YAML.
 
     """
-    path = Path(name)
-    packaged = configs_dir() / name
+    path, packaged = Path(name).expanduser(), configs_dir() / name
     if path.is_file():
-        return _checked(path)
+        read_yaml(path)  # names the file and the line of what is broken; the parser would name neither
+        return path
     if path.name == name and packaged.is_file():
         return packaged
     raise LabError(f"{name}: no such config here or among the packaged ones ({', '.join(packaged_configs())})")
-
-
-def _checked(path: Path) -> Path:
-    """Name the file and the line of broken YAML; the parser would name neither."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text())
-    except UnicodeDecodeError:
-        raise LabError(f"{path}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise LabError(f"{path}{line}: is not YAML ({getattr(error, 'problem', None) or error})") from None
-    if not isinstance(content, dict):
-        raise LabError(f"{path}: holds no settings; a config is `key: value` lines such as those of --print_config")
-    return path
 
 
 def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
@@ -63,14 +48,21 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
     expects_value = False
     for arg in args:
         option, separator, value = arg.partition("=")
-        if expects_value:
-            files.append(find_config(arg))
-            resolved.append(str(files[-1]))
+        if expects_value or (option in ("--config", "-c") and separator):
+            files.append(find_config(arg if expects_value else value))
+            resolved.append(str(files[-1]) if expects_value else f"--config={files[-1]}")
             expects_value = False
-        elif option in ("--config", "-c") and separator:
-            files.append(find_config(value))
-            resolved.append(f"--config={files[-1]}")
         else:
             expects_value = arg in ("--config", "-c")
             resolved.append(arg)
     return resolved, files
+
+
+def config_of_run(args: list[str]) -> Path | None:
+    """The config that the run of ``--run_dir`` was trained with, if the arguments name one."""
+    for i, arg in enumerate(args):
+        option, separator, value = arg.partition("=")
+        if option == "--run_dir":
+            config = Path(value if separator else " ".join(args[i + 1 : i + 2])).expanduser() / CONFIG
+            return config if config.is_file() else None
+    return None

@@ -41,5 +41,9 @@ def check_ranges(section: str, settings: Mapping[str, object], ranges: Mapping[s
                 continue
             if math.isnan(number) or not low <= number <= high:
                 name = f"{section}.{key}" if section else key
-                bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                bounds = f"between {_shown(low)} and {_shown(high)}" if high < math.inf else f"at least {_shown(low)}"
                 raise LabError(f"{name} is {number:g}; it must be {bounds}")
+
+
+def _shown(number: float) -> str:
+    return f"{number:,.0f}" if 1 <= number < 1e15 else f"{number:g}"

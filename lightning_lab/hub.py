@@ -223,6 +223,8 @@ def _worded(key: str, name: str, instead: str) -> Iterator[None]:
     except LabError:
         raise
     except Exception as error:
+        if "gated" in str(error).lower():  # as the loader of data sets says it
+            raise LabError(f"{key}: {name} is gated; accept its terms on its Hub page and {LOGIN}") from error
         lines = str(error).strip().splitlines()
         reason = lines[0][:200] if lines else type(error).__name__
         raise LabError(f"{key}: {name} cannot be loaded ({reason}); try again, or {instead}") from error

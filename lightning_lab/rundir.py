@@ -1,7 +1,6 @@
-"""The run directory: which one a command takes, what its files are called, and how they are read and written.
+"""The run directory: which one a command takes, its lock, ``metrics.csv``, and names that several parts share.
 
-Everything that names, locks, reads or replaces a file of a run goes through here. Nothing of torch is imported: reports
-read runs of other machines and versions by this contract alone.
+Nothing of torch is imported: reports read runs of other machines and versions by this contract alone.
 """
 
 from __future__ import annotations
@@ -9,12 +8,9 @@ from __future__ import annotations
 import csv
 import fcntl
 import glob
-import hashlib
-import json
 import math
 import os
 import re
-import sys
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -22,15 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import yaml
-
 from lightning_lab.errors import LabError
+from lightning_lab.files import read_json, set_aside, write_whole, writing
 
 RUNS = Path("runs")
 BASE = "base"
 CONFIG, ENVIRONMENT, METRICS, LOSSES = "config.yaml", "environment.json", "metrics.csv", "losses.md"
 SAMPLES, CURVE, CHECKPOINTS, LOCK = "samples.md", "loss_curve.png", "checkpoints", ".lock"
-SUMS = "SHA256SUMS"  # beside the files of an exported adapter, as `sha256sum --check` reads it
 TRAIN_COLUMNS = (
     "epoch",
     "train_loss",
@@ -44,7 +38,6 @@ TRAIN_COLUMNS = (
 )
 VALIDATION_COLUMNS = ("val_loss", "val_loss_hf", "val_token_accuracy", "val_perplexity")
 COLUMNS = ("step", *TRAIN_COLUMNS, *VALIDATION_COLUMNS)
-LARGEST_YAML = 100_000  # nodes, with all aliases written out; a config has about 100
 
 # --- which directory, which checkpoint ------------------------------------------------------------------------------
 
@@ -112,7 +105,7 @@ def _checkpoint(command: str, name: str, asked: Path | None, ckpt_path: str | No
             raise LabError(f"{checkpoint}: no such checkpoint; has the run {run} saved one yet?")
         return checkpoint
     checkpoint = Path(str(ckpt_path)).expanduser()
-    if checkpoint.is_dir():
+    if ckpt_path and checkpoint.is_dir():
         raise LabError(f"{ckpt_path}: is a folder; name a .ckpt file (of an exported adapter, the one beside it)")
     if not checkpoint.is_file():
         raise LabError(f"{ckpt_path}: no such checkpoint; pass best, last, base or a .ckpt file")
@@ -139,6 +132,7 @@ def newest_run(name: str, checkpoint: str | None = None) -> Path | None:
         (number, path)
         for number, path in _numbered(RUNS, name)
         if path.is_dir()
+        and [entry.name for entry in path.iterdir()] != ["tensorboard"]  # which a fit that failed leaves
         and read_json(path / ENVIRONMENT).get("name", name) == name
         and (checkpoint is None or (path / CHECKPOINTS / checkpoint).is_file())
     ]
@@ -173,7 +167,7 @@ def lock_run(run_dir: Path) -> IO[str]:
         LabError: Another process holds it.
 
     """
-    with _writing(run_dir / LOCK):
+    with writing(run_dir / LOCK):
         file = (run_dir / LOCK).open("w")
     for _ in range(20):  # a report that looks whether the run is held has the lock itself for a moment
         try:
@@ -202,145 +196,6 @@ def is_locked(run_dir: Path) -> bool:
     return False
 
 
-# --- files: whole or not at all -------------------------------------------------------------------------------------
-
-
-class _writing:
-    """Name the file where the system refuses to write it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise LabError(f"{self.path}: cannot be written ({error.strerror or error})") from error
-
-
-def make_directory(path: Path) -> None:
-    """Make a directory with its parents.
-
-    Raises:
-        LabError: It cannot be made.
-
-    """
-    with _writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, on the disk when this returns, also beside another process that writes it.
-
-    Raises:
-        LabError: The disk is full, or the file cannot be written.
-
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _writing(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_directory(path.parent)
-
-
-def sync_directory(folder: Path) -> None:
-    """Put a folder's entries on the disk, so that a renamed file survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def set_aside(path: Path, why: str) -> None:
-    """Keep a damaged record under another name, and say so: a record never stops a run."""
-    kept = unused_directory(path.with_name(f"{path.name}.damaged"))
-    with _writing(kept):
-        path.rename(kept)
-    print(f"warning: {path}: {why}; kept as {kept.name} and begun anew", file=sys.stderr)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is missing or damaged."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping of bounded size: aliases of aliases would grow without end.
-
-    Raises:
-        LabError: Names the file, and the line where there is one.
-
-    """
-    try:
-        loader = yaml.SafeLoader(path.read_bytes().decode())
-        node = loader.get_single_node()
-        if node is not None and _size(node, {}) > LARGEST_YAML:
-            raise LabError(f"{path}: has more than {LARGEST_YAML:,} values with its aliases written out; shorten it")
-        content = None if node is None else loader.construct_document(node)
-    except OSError as error:
-        raise LabError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise LabError(f"{path}: is not UTF-8 text") from None
-    except RecursionError:
-        raise LabError(f"{path}: is nested too deep") from None
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise LabError(f"{path}{line}: is not YAML ({getattr(error, 'problem', None) or error})") from None
-    if not isinstance(content, dict):
-        raise LabError(f"{path}: holds no settings; a config is `key: value` lines such as those of --print_config")
-    return content
-
-
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Nodes below and with this one, each alias written out."""
-    if id(node) not in known:
-        known[id(node)] = LARGEST_YAML + 1  # an alias of itself has no end
-        inner = node.value if isinstance(node.value, list) else []
-        parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
-    return known[id(node)]
-
-
-def write_sums(folder: Path) -> None:
-    """Write the SHA-256 of each file of a folder beside them."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
-    write_whole(folder / SUMS, "".join(f"{_sha256(path)}  {path.name}\n" for path in files))
-
-
-def check_sums(folder: Path) -> None:
-    """Compare a folder's files with their sums, where there are any.
-
-    Raises:
-        LabError: Names the first file that is missing or damaged.
-
-    """
-    if not (folder / SUMS).is_file():
-        return
-    for line in (folder / SUMS).read_bytes().decode(errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        path = folder / name
-        if not path.is_file() or _sha256(path) != digest:
-            raise LabError(f"{path}: is damaged or missing ({SUMS} of {folder} says otherwise)")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # --- metrics.csv ----------------------------------------------------------------------------------------------------
 
 
@@ -353,7 +208,7 @@ class MetricsRow(NamedTuple):
 
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
     """Append one row at once; columns that it lacks stay empty."""
-    with _writing(path), path.open("a", newline="") as file:
+    with writing(path), path.open("a", newline="") as file:
         header = "" if file.tell() else ",".join(COLUMNS) + "\n"
         file.write(header + ",".join("" if row.get(c) is None else repr(row[c]) for c in COLUMNS) + "\n")
 
@@ -367,7 +222,8 @@ def read_metrics(path: Path) -> tuple[list[MetricsRow], list[int]]:
         return [], []
     lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
     header = lines[0].strip().split(",") if lines else []
-    rows, damaged = [], [] if {"step", "train_loss", "val_loss"} <= set(header) or not lines else [1]
+    known = {"step", "train_loss", "val_loss"} <= set(header)
+    rows, damaged = [], [] if known or "\n" not in "".join(lines[:1]) else [1]
     last = {"train_loss": 0.0, "val_loss": 0.0}
     for number, line in enumerate(lines[1:], start=2):
         if not line.endswith("\n"):
@@ -376,9 +232,9 @@ def read_metrics(path: Path) -> tuple[list[MetricsRow], list[int]]:
             cells = next(csv.reader([line]))
             values = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell}
             kind = "train_loss" if "train_loss" in values else "val_loss"
-            if kind not in values or values["step"] <= last[kind]:
+            if kind not in values or values["step"] <= last[kind] or not values["step"].is_integer():
                 raise ValueError
-        except (ValueError, KeyError, StopIteration):
+        except (ValueError, KeyError, StopIteration, csv.Error):
             damaged.append(number)
             continue
         last[kind] = values["step"]
@@ -395,6 +251,12 @@ def keep_metrics(path: Path, step: int, *, validated: bool) -> None:
         set_aside(path, f"line {damaged[0]} is damaged")
     kept = [r.line for r in rows if r.values["step"] < step + ("train_loss" in r.values or validated)]
     write_whole(path, ",".join(COLUMNS) + "\n" + "".join(kept))
+
+
+def base_loss(run_dir: Path) -> float | None:
+    """The untouched base's validation loss, where it has been measured."""
+    loss = read_json(run_dir / f"validation-{BASE}.json").get("validation_loss")
+    return loss if isinstance(loss, float) else None
 
 
 def stopped_early(validation_losses: Sequence[float], patience: int | None) -> bool:

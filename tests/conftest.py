@@ -110,8 +110,8 @@ def short_chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one_tokenizer() -> Iterator[None]:
     """Load each tokenizer once a module, not for every data module: half a second each."""
-    from lightning_lab.models import base
+    from lightning_lab.data import datamodule
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "load_tokenizer", functools.cache(base.load_tokenizer))
+        patch.setattr(datamodule, "load_tokenizer", functools.cache(datamodule.load_tokenizer))
         yield

@@ -7,12 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning_lab.cache import cache_dir
 from lightning_lab.data.datamodule import ChatDataModule
-from lightning_lab.data.rendering import Renderer
+from lightning_lab.data.encoding import Renderer, load_tokenizer
 from lightning_lab.data.sources import load_rows
 from lightning_lab.data.tokenized import tokenize_rows
-from lightning_lab.models.base import load_tokenizer
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         renderer = Renderer(load_tokenizer(spec["base"]), max_length=spec["max_length"])
         rows = load_rows(spec["source"])
         opened = time.perf_counter()
-        tokenized = tokenize_rows(rows, renderer, on_bad_row="drop", cache_dir=cache_dir(), progress=False)
+        tokenized = tokenize_rows(rows, renderer, on_bad_row="drop", progress=False)
         seconds, whole = time.perf_counter() - opened, time.perf_counter() - started
     return {
         "seconds": seconds,

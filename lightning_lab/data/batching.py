@@ -1,10 +1,11 @@
-"""Lengths -> steps -> packed micro-batches.
+"""Lengths -> splits -> steps -> packed micro-batches.
 
 A batch is one optimizer step. Which conversations a step holds is a pure function of (seed, epoch, step); how the step
 is cut into micro-batches only decides memory and speed, never the result.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -12,7 +13,75 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_lab.data.rendering import IGNORED
+from lightning_lab.data.conversation import Prompt
+from lightning_lab.data.encoding import IGNORED
+from lightning_lab.errors import LabError
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """One split.
+
+    Attributes:
+        name: ``train``, ``validation`` or ``test``.
+        rows: int64 [conversations], the source rows that it keeps, in split order.
+        dropped: Source rows that it dropped -> reason.
+
+    """
+
+    name: str
+    rows: np.ndarray
+    dropped: dict[int, str]
+
+    @property
+    def all_rows(self) -> list[int]:
+        """The split's rows, those dropped too, in source order."""
+        return sorted([*self.rows.tolist(), *self.dropped])
+
+
+def split_rows(sizes: Sequence[int], rows: int, seed: int, dropped: Mapping[int, str]) -> dict[str, SplitData]:
+    """Deal ``rows`` source rows out to the three splits by ``numpy.random.default_rng(seed).permutation``.
+
+    Rows are dropped within a split, so that a dropped one moves no other.
+    """
+    order = np.random.default_rng(seed).permutation(rows).tolist()
+    splits = {}
+    for name, size, end in zip(SPLITS, sizes, np.cumsum(sizes).tolist(), strict=True):
+        mine = order[end - size : end]
+        kept = np.array([row for row in mine if row not in dropped], dtype=np.int64)
+        splits[name] = SplitData(name, kept, {row: dropped[row] for row in mine if row in dropped})
+    return splits
+
+
+def split_sizes(split: Sequence[int | float], rows: int, source: str) -> list[int]:
+    """Turn counts or fractions into the sizes of train, validation and test.
+
+    Fractions (a sum of at most 1) round validation and test to the nearest whole row and give the rest of their
+    share to train.
+
+    Raises:
+        LabError: Not three numbers, a negative one, or more rows asked for than there are.
+
+    """
+    shown = "/".join(f"{part:g}" for part in split)
+    if len(split) != 3 or not all(0 <= part < math.inf for part in split) or not sum(split):
+        raise LabError(f"data.split is {shown}; give three sizes or three fractions: train, validation, test")
+    if sum(split) <= 1 + 1e-9:
+        used = round(sum(split) * rows)
+        validation = min(round(split[1] * rows), used)
+        test = min(round(split[2] * rows), used - validation)
+        return [used - validation - test, validation, test]
+    if any(part != int(part) for part in split):
+        raise LabError(f"data.split is {shown}; counts must be whole numbers, and fractions add up to at most 1")
+    sizes = [int(part) for part in split]
+    if sum(sizes) > rows:
+        raise LabError(
+            f"data.split asks for {sum(sizes):,} rows ({shown}), but {source} gives {rows:,}; "
+            "lower data.split, raise data.rows, or use fractions such as [0.8, 0.1, 0.1]"
+        )
+    return sizes
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
@@ -50,6 +119,19 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(documents) for documents in packed]
 
 
+def packing_figures(steps: Sequence[Sequence[int]], budget: int) -> dict[str, Any]:
+    """How well steps, each the lengths of its documents, fill micro-batches of ``budget`` tokens; for display."""
+    micro_batches = sum(len(pack(step, budget)) for step in steps)
+    tokens = sum(map(sum, steps))
+    padded = sum(len(step) * max(step) for step in steps)
+    return {
+        "tokens a step (mean)": round(tokens / max(1, len(steps))),
+        "micro-batches a step (mean)": round(micro_batches / max(1, len(steps)), 2),
+        "fill of a micro-batch (mean)": f"{tokens / max(1, micro_batches * budget):.0%}",
+        "tokens that padding each step to its longest would add": f"{padded / max(1, tokens) - 1:.0%}",
+    }
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Documents laid one after another in a single row of ``T`` tokens, of which ``S`` are supervised.
@@ -62,6 +144,7 @@ class MicroBatch:
         targets: ``[S]`` int64 those next tokens.
         target_documents: ``[S]`` int64 which document (index into ``rows``) each target belongs to.
         document_lengths: Tokens of each document, on the host.
+        target_counts: Targets of each document, on the host.
         documents: Each document's number in its split.
         rows: Each document's row in the source.
 
@@ -74,6 +157,7 @@ class MicroBatch:
     targets: Tensor
     target_documents: Tensor
     document_lengths: tuple[int, ...]
+    target_counts: tuple[int, ...]
     documents: tuple[int, ...]
     rows: tuple[int, ...]
 
@@ -128,6 +212,31 @@ class StepBatch:
         return replace(self, micro_batches=tuple(m.pin_memory() for m in self.micro_batches))
 
 
+@dataclass
+class PromptBatch:
+    """Prompts to answer, tokenised.
+
+    Attributes:
+        prompts: The conversations and their references.
+        input_ids: Token ids of each prompt, with the header that opens the answer; not padded.
+        pad_id: What to pad with.
+        stop_ids: Tokens that end an answer, ascending.
+        tokenizer: Turns answers into text.
+
+    """
+
+    prompts: list[Prompt]
+    input_ids: list[list[int]]
+    pad_id: int
+    stop_ids: list[int]
+    tokenizer: Any
+
+    def texts(self, answers: list[list[int]]) -> list[str]:
+        """Decode answers' token ids, without control tokens."""
+        texts: list[str] = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return texts
+
+
 def collate(
     examples: Sequence[tuple[np.ndarray, np.ndarray]], documents: Sequence[int], rows: Sequence[int]
 ) -> MicroBatch:
@@ -162,6 +271,7 @@ def collate(
         targets=tensor(targets),
         target_documents=tensor(owners),
         document_lengths=lengths,
+        target_counts=tuple(map(len, targets)),
         documents=tuple(documents),
         rows=tuple(rows),
     )

@@ -1,8 +1,8 @@
-"""One row of a chat data set -> a checked `Conversation`."""
+"""One row of a chat data set -> a checked `Conversation`, and its last answer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lightning_lab.errors import LabError
 
@@ -29,6 +29,20 @@ class RowError(LabError):
     """A row that cannot be learned from. The message is the reason alone; the caller adds file and row."""
 
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def or_error(function: Callable[[Item], Result], item: Item | RowError) -> Result | RowError:
+    """Apply a function; a `RowError` that it raises, or that stands in the item's place, is the result."""
+    if isinstance(item, RowError):
+        return item
+    try:
+        return function(item)
+    except RowError as error:
+        return error
+
+
 @dataclass(frozen=True)
 class UnreadableRow:
     """Stands in a data set for a row that could not even be read, so that the rows after it keep their index."""
@@ -49,6 +63,30 @@ class Conversation:
     """The turns of one row: at most one system message, and that first."""
 
     messages: tuple[Message, ...]
+
+
+class Prompt:
+    """A conversation to answer, and the answer that is known.
+
+    Not a dataclass: Lightning looks for tensors inside those of a prediction, and refuses frozen ones such as
+    `Conversation`.
+
+    Args:
+        row: The conversation's row in its source.
+        conversation: The turns before the answer.
+        reference: The last answer; None where nobody has given one.
+
+    """
+
+    def __init__(self, row: int, conversation: Conversation, reference: str | None) -> None:
+        self.row, self.conversation, self.reference = row, conversation, reference
+
+    @classmethod
+    def of(cls, row: int, conversation: Conversation) -> "Prompt | None":
+        """Cut before the last assistant turn; None when the conversation begins with it."""
+        messages = conversation.messages
+        last = max(i for i, message in enumerate(messages) if message.role == "assistant")
+        return cls(row, Conversation(messages[:last]), messages[last].content) if last else None
 
 
 def parse_conversation(row: Mapping[str, Any] | UnreadableRow) -> Conversation:

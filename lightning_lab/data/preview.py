@@ -1,15 +1,16 @@
-"""Conversations as the model sees them: what is learned, what is masked, what was cut or dropped."""
+"""Conversations as the model sees them: what is supervised, what is masked, what was cut or dropped."""
 
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import compress, pairwise
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TextIO
 
 import numpy as np
 
 from lightning_lab.data.conversation import parse_conversation
-from lightning_lab.data.rendering import IGNORED, Renderer
+from lightning_lab.data.encoding import IGNORED, Renderer
 from lightning_lab.data.sources import Rows
 from lightning_lab.data.tokenized import TokenizedRows
 
@@ -31,7 +32,7 @@ def preview(
 ) -> None:
     """Print conversations, then counts over all rows of ``indices``.
 
-    On a terminal learned tokens are coloured and masked ones dim; elsewhere learned tokens stand in ⟦ ⟧.
+    On a terminal supervised tokens are coloured and masked ones dim; elsewhere supervised tokens stand in ⟦ ⟧.
 
     Args:
         tokenized: the tokens.
@@ -41,7 +42,7 @@ def preview(
         limit: conversations to print; dropped rows are skipped.
         indices: rows to look at, such as those of a split; all by default.
         as_json: print only the conversations, one object a line: ``row``, ``input_ids``, ``labels`` (-100 where
-            nothing is learned) and ``text``, which is that of the ids, so truncated like them.
+            nothing is supervised) and ``text``, which is that of the ids, so truncated like them.
         packing: statistics to print after the counts.
         file: standard output by default.
 
@@ -61,27 +62,27 @@ def preview(
 
     console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
     for index in shown:
-        counts = f"{tokenized.lengths[index]} tokens, {tokenized.supervised[index]} learned"
+        counts = f"{tokenized.lengths[index]} tokens, {tokenized.supervised[index]} supervised"
         console.print(Text(f"--- {rows.where(index)}: {counts}", style="bold"))
         text = Text()
-        for piece, learned in _runs(tokenized, index, tokenizer):
+        for piece, supervised in _runs(tokenized, index, tokenizer):
             if console.is_terminal:
-                text.append(piece, style="green" if learned else "dim")
+                text.append(piece, style="green" if supervised else "dim")
             else:
-                text.append(f"⟦{piece}⟧" if learned else piece)
+                text.append(f"⟦{piece}⟧" if supervised else piece)
         console.print(text)
     for line in _summary(tokenized, rows, renderer, indices, packing or {}):
         console.print(line)
 
 
 def _runs(tokenized: TokenizedRows, index: int, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """Yield the text of each run of learned or masked tokens; a span never begins or ends inside a character."""
+    """Yield the text of each run of supervised or masked tokens; a span never begins or ends inside a character."""
     ids = tokenized.input_ids(index)
-    learned = tokenized.labels(index) != IGNORED
-    edges = [0, *(np.flatnonzero(learned[1:] != learned[:-1]) + 1).tolist(), len(ids)]
+    supervised = tokenized.labels(index) != IGNORED
+    edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
     for start, end in pairwise(edges):
         # A row may quote the codes that steer a terminal.
-        yield _decode(tokenizer, ids[start:end].tolist()).replace("\x1b", "␛"), bool(learned[start])
+        yield _decode(tokenizer, ids[start:end].tolist()).replace("\x1b", "␛"), bool(supervised[start])
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
@@ -90,10 +91,12 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _boundary_shifted(rows: Rows, kept: Sequence[int], renderer: Renderer) -> Iterator[int]:
-    """Tokenise the kept rows without cuts; not done before, as nothing but this count needs it."""
+    """Tokenise the kept rows whole, with cuts at the answers and without, and name those that differ."""
     for first in range(0, len(kept), _BATCH_ROWS):
         batch = kept[first : first + _BATCH_ROWS]
-        yield from compress(batch, renderer.boundary_shifts([parse_conversation(rows.rows[i]) for i in batch]))
+        texts = [renderer.render(parse_conversation(rows.rows[index])) for index in batch]
+        cut, uncut = renderer.token_ids(texts), renderer.token_ids([replace(text, spans=()) for text in texts])
+        yield from (index for index, a, b in zip(batch, cut, uncut, strict=True) if a != b)
 
 
 def _summary(
@@ -106,7 +109,7 @@ def _summary(
     tokens, supervised = int(lengths.sum()), int(tokenized.supervised[list(indices)].sum())
     share = 100 * supervised / tokens if tokens else 0.0
     yield f"{len(chosen)} rows of {rows.name}: {len(lengths)} kept, {len(dropped)} dropped"
-    yield f"{tokens} tokens, {supervised} learned ({share:.1f} %)"
+    yield f"{tokens} tokens, {supervised} supervised ({share:.1f} %)"
     if len(lengths):
         points = (0, 25, 50, 75, 95, 99, 100)
         values = np.percentile(lengths, points, method="nearest")

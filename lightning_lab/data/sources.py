@@ -2,7 +2,6 @@
 
 import codecs
 import hashlib
-import importlib.util
 import json
 import re
 from array import array
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_lab.data.conversation import UnreadableRow
+from lightning_lab import hub
+from lightning_lab.data.conversation import Prompt, RowError, UnreadableRow, parse_prompt
 from lightning_lab.errors import LabError
 
 _SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -22,17 +22,19 @@ class Rows:
     """Rows of one source.
 
     Attributes:
-        rows: mappings, or `UnreadableRow` where a row could not be read. JSON Lines and Hub data sets stay on disk
+        rows: Mappings, or `UnreadableRow` where a row could not be read. JSON Lines and Hub data sets stay on disk
             and are read row by row; Parquet is held as an Arrow table, a JSON list as Python objects.
-        name: what to call the source in messages.
-        fingerprint: changes whenever the rows do.
-        lines: for JSON Lines, each row's line number counted from 1.
+        name: What to call the source in messages.
+        fingerprint: Changes whenever the rows do.
+        total: Rows that the source has, those beyond the limit too.
+        lines: For JSON Lines, each row's line number counted from 1.
 
     """
 
     rows: Sequence[Any]
     name: str
     fingerprint: str
+    total: int
     lines: Sequence[int] | None = None
 
     def __len__(self) -> int:
@@ -43,30 +45,32 @@ class Rows:
         return f"{self.name} line {self.lines[index]}" if self.lines else f"{self.name} row {index}"
 
 
-def load_rows(source: str, limit: int | None = None) -> Rows:
+def load_rows(source: str, limit: int | None = None, revision: str | None = None) -> Rows:
     """Open a source and keep its first ``limit`` rows (all of them if None).
 
     Args:
         source: ``embedded``, ``chitchat``, a local .json, .jsonl or .parquet file, or a Hub id ``owner/name``,
             of which the split ``train`` is read.
-        limit: at least 1.
+        limit: At least 1.
+        revision: Commit of a Hub data set; None for its newest.
 
     Raises:
-        LabError: the source does not exist, cannot be reached or read, or holds no row.
+        LabError: The source does not exist, cannot be reached or read, has no revisions, or holds no row.
 
     """
-    if limit is not None and limit < 1:
-        raise LabError(f"data.rows is {limit}; it must be at least 1")
     path = Path(source).expanduser()
-    if source == "embedded":
-        faq = _package_file("zaragoza_construction_faq", "data/faq-en-sharegpt.jsonl", "1.2.1")
+    is_file = path.suffix in _SUFFIXES or path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if source not in ("embedded", "chitchat") and not is_file and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        rows = _hub(source, limit, revision)
+    elif revision is not None:
+        raise LabError(f"data.revision is for data sets of the Hub, which {source} is not; leave it out")
+    elif source == "embedded":
+        faq = hub.package_file("zaragoza_construction_faq", "data/faq-en-sharegpt.jsonl", "1.2.1")
         rows = _json_lines(faq, source, limit)
     elif source == "chitchat":
-        rows = _chitchat(_read(_package_file("chitchat_dataset", "dataset.json", "0.9.0"), source), limit)
-    elif path.suffix in _SUFFIXES or path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        rows = _chitchat(_read(hub.package_file("chitchat_dataset", "dataset.json", "0.9.0"), source), limit)
+    elif is_file:
         rows = _local_file(path, source, limit)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        rows = _hub(source, limit)
     else:
         raise LabError(
             f"data.source '{source}' is not embedded, chitchat, a {', '.join(_SUFFIXES)} file or a Hub id owner/name"
@@ -74,6 +78,23 @@ def load_rows(source: str, limit: int | None = None) -> Rows:
     if not len(rows):
         raise LabError(f"{source} holds no rows; give a data.source with at least one conversation")
     return rows
+
+
+def load_prompts(source: str) -> list[Prompt]:
+    """Read every row of a source as something to answer.
+
+    Raises:
+        LabError: As `load_rows`; or a row is malformed.
+
+    """
+    rows = load_rows(source)
+    prompts = []
+    for index in range(len(rows)):
+        try:
+            prompts.append(Prompt(index, *parse_prompt(rows.rows[index])))
+        except RowError as error:
+            raise LabError(f"{rows.where(index)}: {error}") from None
+    return prompts
 
 
 class _LazyRows(Sequence[Any]):
@@ -107,8 +128,12 @@ def _local_file(path: Path, name: str, limit: int | None) -> Rows:
         raise LabError(f"{name} is not JSON: {error}; name it .jsonl if it holds one object a line") from None
     if not isinstance(rows, list):
         raise LabError(f"{name} must hold a list of rows; name it .jsonl if it holds one object a line")
-    rows = rows[:limit]
-    return Rows(rows, name, _content_fingerprint(content, len(rows)))
+    return _python_rows(rows, name, content, limit)
+
+
+def _python_rows(rows: list[Any], name: str, content: bytes, limit: int | None) -> Rows:
+    kept = rows[:limit]
+    return Rows(kept, name, f"{hashlib.sha256(content).hexdigest()}:{len(kept)}", len(rows))
 
 
 def _json_lines(path: Path, name: str, limit: int | None) -> Rows:
@@ -122,7 +147,7 @@ def _json_lines(path: Path, name: str, limit: int | None) -> Rows:
             for number, line in enumerate(file, start=1):
                 digest.update(line)
                 mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
-                if _decode(line[mark:], name, number).strip() and (limit is None or len(starts) < limit):
+                if _decode(line[mark:], name, number).strip():
                     starts.append(position + mark)
                     ends.append(position + len(line) - line.endswith(b"\n"))
                     numbers.append(number)
@@ -141,7 +166,8 @@ def _json_lines(path: Path, name: str, limit: int | None) -> Rows:
         except (ValueError, RecursionError) as error:
             return UnreadableRow(f"the line is not JSON ({error})")
 
-    return Rows(_LazyRows(len(starts), row), name, f"{digest.hexdigest()}:{len(starts)}", numbers)
+    kept = min(len(starts), limit or len(starts))
+    return Rows(_LazyRows(kept, row), name, f"{digest.hexdigest()}:{kept}", len(starts), numbers)
 
 
 def _parquet(path: Path, name: str, limit: int | None) -> Rows:
@@ -149,15 +175,14 @@ def _parquet(path: Path, name: str, limit: int | None) -> Rows:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path, memory_map=True)
+        table = pyarrow.parquet.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise LabError(f"{name} is not a readable Parquet file: {error}") from None
-    if limit is not None:
-        table = table.slice(0, limit)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    rows = _LazyRows(len(table), lambda index: table.slice(index, 1).to_pylist()[0])
-    return Rows(rows, name, f"{digest}:{len(table)}")
+    kept = min(len(table), limit or len(table))
+    rows = _LazyRows(kept, lambda index: table.slice(index, 1).to_pylist()[0])
+    return Rows(rows, name, f"{digest}:{kept}", len(table))
 
 
 def _chitchat(content: bytes, limit: int | None) -> Rows:
@@ -178,55 +203,14 @@ def _chitchat(content: bytes, limit: int | None) -> Rows:
                 turns.append({"role": role, "content": message["text"]})
             before = message["sender"]
         rows.append({"messages": turns})
-    rows = rows[:limit]
-    return Rows(rows, "chitchat", _content_fingerprint(content, len(rows)))
+    return _python_rows(rows, "chitchat", content, limit)
 
 
-def _hub(name: str, limit: int | None) -> Rows:
-    import datasets
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    login = "log in with `hf auth login` or set HF_TOKEN"
-    try:
-        # One request without retries: the loader itself repeats a failing one for 23 s before it gives up.
-        huggingface_hub.HfApi().dataset_info(name, timeout=10)
-    except errors.OfflineModeIsEnabled:
-        pass  # the loader reads its cache at once
-    except errors.RepositoryNotFoundError:
-        raise LabError(f"the Hub has no data set '{name}' that you may read; check data.source, or {login}") from None
-    except Exception as error:
-        cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
-        if not cached.exists():
-            raise LabError(
-                f"cannot reach the Hub for data set '{name}' ({_first_line(error)}); "
-                "check the network, or set data.source to a local file, embedded or chitchat"
-            ) from None
-    try:
-        dataset = datasets.load_dataset(name, split="train")
-    except Exception as error:
-        reason = _first_line(error)
-        if "gated" in str(error).lower():
-            raise LabError(f"data set '{name}' is gated; accept its terms on its Hub page and {login}") from None
-        if isinstance(error, ConnectionError):
-            raise LabError(
-                f"data set '{name}' is not in the local cache and the Hub cannot be reached; "
-                "unset HF_HUB_OFFLINE, or set data.source to a local file, embedded or chitchat"
-            ) from None
-        raise LabError(f"data set '{name}' cannot be loaded: {reason}; check data.source") from None
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
+def _hub(name: str, limit: int | None, revision: str | None) -> Rows:
+    dataset = hub.load_dataset(name, revision=revision)
+    kept = min(len(dataset), limit or len(dataset))
     # The data set's own fingerprint depends on its id, configuration and revision.
-    return Rows(dataset, name, f"{dataset._fingerprint}:{len(dataset)}")
-
-
-def _package_file(package: str, file: str, version: str) -> Path:
-    """Locate a data file of an installed package without importing the package."""
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.origin).parent / file if spec is not None and spec.origin else None
-    if path is None or not path.is_file():
-        raise LabError(f"{file} is missing; run: pip install {package.replace('_', '-')}=={version}")
-    return path
+    return Rows(dataset.select(range(kept)), name, f"{dataset._fingerprint}:{kept}", len(dataset))
 
 
 def _read(path: Path, name: str) -> bytes:
@@ -242,12 +226,3 @@ def _decode(content: bytes, name: str, first_line: int) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + first_line
         raise LabError(f"{name} line {line} is not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-
-
-def _content_fingerprint(content: bytes, rows: int) -> str:
-    return f"{hashlib.sha256(content).hexdigest()}:{rows}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

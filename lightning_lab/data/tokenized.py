@@ -1,36 +1,38 @@
-"""Rows -> tokens and labels, made once and then memory-mapped from an Arrow file in the cache."""
+"""All rows -> tokens and masks, made once and kept as an Arrow file in the cache."""
 
 import gc
 import hashlib
 import os
 import sys
-import time
+import tempfile
 import zlib
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from lightning_lab.data.conversation import Conversation, RowError, parse_conversation
-from lightning_lab.data.rendering import IGNORED, Encoded, Renderer, RowTooLongError
+from lightning_lab.data.conversation import RowError, or_error, parse_conversation
+from lightning_lab.data.encoding import IGNORED, Encoded, Renderer, RowTooLongError
 from lightning_lab.data.sources import Rows
 from lightning_lab.errors import LabError
+from lightning_lab.hub import cache_dir
 
 OnBadRow = Literal["error", "drop"]
 
 # Part of the cache key: raise it whenever the columns, or what parsing or rendering makes of the same input, change.
-_FORMAT = 2
-_BATCH_ROWS = 128  # bounds the memory of preparation; more is no faster
-_BATCHES_A_SEARCH = 8  # for reference cycles
+_FORMAT = 3
+_BATCH_ROWS = 256  # bounds the memory of preparation; more is no faster
+_OBJECTS_A_SEARCH = 100_000  # a search at each 700, the default, takes a third of the time
+_SUM_BYTES = hashlib.sha256().digest_size  # the file ends with the sum of what is before
+_NAMED_ROWS = 10  # of a long list; the rest is counted
 _SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
-        # Labels as [start, end) pairs of tokens: half the file that a second column of ids would make.
-        "learned": pa.list_(pa.int32()),
+        "supervised": pa.list_(pa.bool_()),
         "truncated": pa.bool_(),
         "reason": pa.string(),  # why the row is dropped; null for the others
         "too_long": pa.bool_(),
@@ -41,241 +43,185 @@ _SCHEMA = pa.schema(
 class TokenizedRows:
     """Every row of a source, tokenised; a dropped row keeps its index and has length 0.
 
+    All ids are held in memory, in 5 bytes a token: a file that is mapped ends the process when it is cut short.
+
+    Args:
+        table: A finished cache file.
+        fingerprint: Its name.
+
     Attributes:
         lengths: int64 [rows], tokens of each row.
         supervised: int64 [rows], labels of each row that can be predicted: those after the first token.
-        dropped: index of each dropped row -> reason.
-        truncated: indices of rows that were cut at ``max_length``.
-        fingerprint: of the rows, the renderer and the file's format.
+        dropped: Index of each dropped row -> reason.
+        truncated: Indices of rows that were cut at ``max_length``.
+        too_long: Indices of dropped rows that are longer than ``max_length``.
+        fingerprint: Of the rows, the renderer and the file's format.
 
     """
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        """Open a finished cache file.
-
-        Raises:
-            ValueError, OSError: the file is not whole.
-
-        """
-        self._path, self.fingerprint = path, fingerprint
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if reader.schema != _SCHEMA:
-            raise ValueError("other columns")
-        self._batches: list[pa.RecordBatch] = []
-        for number in range(reader.num_record_batches):
-            batch, metadata = reader.get_batch_with_custom_metadata(number)
-            if metadata is None or metadata.get(b"crc32") != _checksum(batch):
-                raise ValueError(f"batch {number} is damaged")
-            self._batches.append(batch)
-        table = pa.Table.from_batches(self._batches, _SCHEMA)
-        self.lengths = np.concatenate([np.diff(_column(b, "input_ids").offsets.to_numpy()) for b in self._batches])
-        self.lengths = self.lengths.astype(np.int64)
-        self.supervised = np.concatenate([_count_supervised(batch) for batch in self._batches])
-        reasons = table.column("reason").to_pylist()
-        self.dropped = {i: reason for i, reason in enumerate(reasons) if reason is not None}
+    def __init__(self, table: pa.Table, fingerprint: str) -> None:
+        self.lengths = pc.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
+        self._offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        self._ids = _flat(table.column("input_ids"))
+        self._mask = _flat(table.column("supervised"))
+        predicted = np.concatenate([[0], np.cumsum(self._mask)])
+        first = np.minimum(self._offsets[:-1] + 1, self._offsets[1:])  # that of a dropped row is its end
+        self.supervised = predicted[self._offsets[1:]] - predicted[first]
+        self.dropped = {i: reason for i, reason in enumerate(table.column("reason").to_pylist()) if reason is not None}
         self.truncated = np.flatnonzero(table.column("truncated").to_numpy()).tolist()
-        self._too_long = set(np.flatnonzero(table.column("too_long").to_numpy()).tolist())
+        self.too_long = set(np.flatnonzero(table.column("too_long").to_numpy()).tolist())
+        self.fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A worker process maps the file itself instead of receiving it.
-        return TokenizedRows, (self._path, self.fingerprint)
-
     def input_ids(self, index: int) -> np.ndarray:
         """Return the token ids of a row: int32 [length], a copy."""
-        return self._values("input_ids", index)
+        return self._ids[self._place(index)].copy()
 
     def labels(self, index: int) -> np.ndarray:
-        """Return the labels of a row: int32 [length], not shifted, -100 where nothing is learned."""
-        ids = self._values("input_ids", index)
-        labels = np.full_like(ids, IGNORED)
-        for start, end in self._values("learned", index).reshape(-1, 2):
-            labels[start:end] = ids[start:end]
-        return labels
+        """Return the labels of a row: int32 [length], not shifted, -100 where it is not supervised."""
+        place = self._place(index)
+        return np.where(self._mask[place], self._ids[place], np.int32(IGNORED))
 
-    def _values(self, name: str, index: int) -> np.ndarray:
+    @cached_property
+    def row_hashes(self) -> np.ndarray:
+        """CRC-32 of each row's ids and mask, uint32 [rows]: equal where a run trains or evaluates the same."""
+        places = map(self._place, range(len(self)))
+        hashes = [zlib.crc32(self._mask[place].data, zlib.crc32(self._ids[place].data)) for place in places]
+        return np.array(hashes, dtype=np.uint32)
+
+    def _place(self, index: int) -> slice:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        column = _column(self._batches[index // _BATCH_ROWS], name)
-        start, end = column.offsets[index % _BATCH_ROWS : index % _BATCH_ROWS + 2].to_numpy()
-        return column.values[int(start) : int(end)].to_numpy().copy()
+        return slice(self._offsets[index], self._offsets[index + 1])
 
 
-def tokenize_rows(
-    rows: Rows, renderer: Renderer, *, on_bad_row: OnBadRow, cache_dir: Path, progress: bool = True
-) -> TokenizedRows:
-    """Tokenise all rows, or map them from the cache when rows and renderer are those of an earlier call.
+def changed_rows(before: Sequence[int], now: Sequence[int]) -> str:
+    """Say in words which rows differ, by their hashes (`TokenizedRows.row_hashes`) then and now; empty if none do."""
+    old, new = np.asarray(before, dtype=np.int64), np.asarray(now, dtype=np.int64)
+    shared = min(len(old), len(new))
+    rows = np.flatnonzero(old[:shared] != new[:shared]).tolist()
+    if len(old) != len(new):
+        first = f"row {rows[0]} is the first that differs" if rows else f"the first {shared:,} are the same"
+        return f"the source has {len(new):,} rows, was {len(old):,}; {first}"
+    if len(rows) < 2:
+        return f"row {rows[0]} differs" if rows else ""
+    named, more = rows[:_NAMED_ROWS], len(rows) - _NAMED_ROWS
+    *most, last = [*map(str, named), f"{more:,} more"] if more > 0 else map(str, named)
+    return f"rows {', '.join(most)} and {last} differ"
+
+
+def tokenize_rows(rows: Rows, renderer: Renderer, *, on_bad_row: OnBadRow, progress: bool = True) -> TokenizedRows:
+    """Tokenise all rows, or read them from the cache when rows and renderer are those of an earlier call.
 
     Rows that are too long under ``truncation: drop`` are dropped, and under ``truncation: error`` are an error,
     whatever ``on_bad_row`` says of malformed rows and of rows with nothing left to learn.
 
+    The file is made in the cache's subdirectory ``tokenized``; any number of processes may do so at once.
+
     Args:
-        rows: the source.
-        renderer: template, tokenizer and rules.
+        rows: The source.
+        renderer: Template, tokenizer and rules.
         on_bad_row: ``error`` stops at the first bad row, ``drop`` keeps it as an empty one with its reason.
-        cache_dir: the file is made in its subdirectory ``tokenized``; any number of processes may do so at once.
-        progress: report on stderr.
+        progress: Report on stderr.
 
     Raises:
-        LabError: a bad row, named with its place; or the cache directory cannot be written.
+        LabError: A bad row, named with its place; or the cache directory cannot be written.
 
     """
     fingerprint = hashlib.sha256(f"{_FORMAT} {rows.fingerprint} {renderer.fingerprint}".encode()).hexdigest()
-    path = cache_dir / "tokenized" / f"{fingerprint[:32]}.arrow"
-    tokenized = _open(path, fingerprint, len(rows))
-    if tokenized is None:
+    path = cache_dir() / "tokenized" / f"{fingerprint[:32]}.arrow"
+
+    def raise_if_fatal(index: int, reason: str, too_long: bool) -> None:
+        if too_long and renderer.truncation == "error":
+            raise LabError(f"{rows.where(index)}: {reason}; raise data.max_length or set data.truncation")
+        if not too_long and on_bad_row == "error":
+            raise LabError(f"{rows.where(index)}: {reason}; correct the row or set data.on_bad_row to drop")
+
+    def encode(batch: dict[str, list[int]]) -> pa.Table:
+        results = renderer.encode_batch([or_error(parse_conversation, rows.rows[index]) for index in batch["row"]])
+        for index, result in zip(batch["row"], results, strict=True):
+            if isinstance(result, RowError):
+                raise_if_fatal(index, str(result), isinstance(result, RowTooLongError))
+        return _table(results)
+
+    table = _read(path, len(rows))
+    if table is None:
+        if progress:
+            print(f"tokenising {len(rows):,} rows of {rows.name}", file=sys.stderr)
         try:
-            _write(path, rows, renderer, on_bad_row, progress)
+            table = _write(path, encode, len(rows), show_bar=progress and sys.stderr.isatty())
         except OSError as error:
             raise LabError(f"cannot write {path}: {error.strerror or error}; set LIGHTNING_LAB_CACHE") from None
-        tokenized = TokenizedRows(path, fingerprint)
+    tokenized = TokenizedRows(table, fingerprint)
     for index, reason in tokenized.dropped.items():
-        _raise_if_fatal(rows, index, reason, index in tokenized._too_long, renderer, on_bad_row)
+        raise_if_fatal(index, reason, index in tokenized.too_long)
     if len(tokenized.dropped) == len(tokenized):
         raise LabError(f"every row of {rows.name} is dropped; {rows.where(0)}: {tokenized.dropped[0]}")
     return tokenized
 
 
-def _open(path: Path, fingerprint: str, length: int) -> TokenizedRows | None:
-    try:
-        tokenized = TokenizedRows(path, fingerprint)
-    except (OSError, ValueError):  # pyarrow.ArrowInvalid is a ValueError
-        return None
-    return tokenized if len(tokenized) == length else None
-
-
-def _write(path: Path, rows: Rows, renderer: Renderer, on_bad_row: OnBadRow, progress: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}-{time.monotonic_ns()}.partial")
-    try:
-        with (
-            pa.OSFile(str(partial), "wb") as file,
-            pa.ipc.new_file(file, _SCHEMA) as writer,
-            _Progress(len(rows), progress) as report,
-        ):
-            first = 0
-            for batch in _batches(rows, renderer):
-                reasons, too_long = _column(batch, "reason"), _column(batch, "too_long")
-                for number in np.flatnonzero(reasons.is_valid().to_numpy(zero_copy_only=False)).tolist():
-                    reason, long = reasons[number].as_py(), too_long[number].as_py()
-                    _raise_if_fatal(rows, first + number, reason, long, renderer, on_bad_row)
-                writer.write_batch(batch, custom_metadata={"crc32": _checksum(batch)})
-                report.advance(len(batch))
-                first += len(batch)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _batches(rows: Rows, renderer: Renderer) -> Iterator[pa.RecordBatch]:
-    parsed = (
-        [_parse(rows.rows[index]) for index in range(first, min(first + _BATCH_ROWS, len(rows)))]
-        for first in range(0, len(rows), _BATCH_ROWS)
-    )
-    # Searching for reference cycles, which templates make, takes a tenth of the time when it goes by the number of new
-    # objects, most of them texts and ids that are soon gone; and what torch and transformers hold need not be searched.
-    enabled = gc.isenabled()
-    gc.disable()
-    gc.freeze()
-    try:
-        for number, results in enumerate(renderer.encode_batches(parsed), start=1):
-            yield _record_batch(results)
-            if number % _BATCHES_A_SEARCH == 0:
-                gc.collect()
-    finally:
-        gc.unfreeze()
-        if enabled:
-            gc.enable()
-
-
-def _parse(row: Any) -> Conversation | RowError:
-    try:
-        return parse_conversation(row)
-    except RowError as error:
-        return error
-
-
-def _record_batch(results: list[Encoded | RowError]) -> pa.RecordBatch:
+def _table(results: Sequence[Encoded | RowError]) -> pa.Table:
     kept = [result if isinstance(result, Encoded) else None for result in results]
-    columns = {
-        "input_ids": _list_array([result.input_ids if result else [] for result in kept]),
-        "learned": _list_array([list(chain.from_iterable(result.learned)) if result else [] for result in kept]),
-        "truncated": [result is not None and result.truncated for result in kept],
-        "reason": [str(result) if isinstance(result, RowError) else None for result in results],
-        "too_long": [isinstance(result, RowTooLongError) for result in results],
-    }
-    return pa.RecordBatch.from_pydict(columns, _SCHEMA)
+    return pa.table(
+        {
+            "input_ids": [result.input_ids if result else [] for result in kept],
+            "supervised": [result.supervised if result else [] for result in kept],
+            "truncated": [result is not None and result.truncated for result in kept],
+            "reason": [str(result) if isinstance(result, RowError) else None for result in results],
+            "too_long": [isinstance(result, RowTooLongError) for result in results],
+        },
+        _SCHEMA,
+    )
 
 
-def _list_array(lists: list[list[int]]) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
-    values = np.fromiter(chain.from_iterable(lists), np.int32, offsets[-1])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    """The values of all lists, one after another."""
+    return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
 
 
-def _raise_if_fatal(
-    rows: Rows, index: int, reason: str, too_long: bool, renderer: Renderer, on_bad_row: OnBadRow
-) -> None:
-    if too_long and renderer.truncation == "error":
-        raise LabError(f"{rows.where(index)}: {reason}; raise data.max_length or set data.truncation")
-    if not too_long and on_bad_row == "error":
-        raise LabError(f"{rows.where(index)}: {reason}; correct the row or set data.on_bad_row to drop")
+def _read(path: Path, rows: int) -> pa.Table | None:
+    """Read a cache file whole; None where it is missing or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if hashlib.sha256(content[:-_SUM_BYTES]).digest() == content[-_SUM_BYTES:]:
+        table = pa.ipc.open_stream(content).read_all()
+        if len(table) == rows:
+            return table
+    print(f"warning: {path} is damaged; tokenising anew", file=sys.stderr)
+    return None
 
 
-def _column(batch: pa.RecordBatch, name: str) -> Any:
-    return batch.column(_SCHEMA.get_field_index(name))
+def _write(path: Path, encode: Callable[..., pa.Table], rows: int, show_bar: bool) -> pa.Table:
+    """Make a cache file beside its place, add the sum, and put it there whole."""
+    import datasets
 
-
-def _count_supervised(batch: pa.RecordBatch) -> np.ndarray:
-    """Count each row's labels after its first token: int64 [rows of the batch]."""
-    column = _column(batch, "learned")
-    edges = np.maximum(column.values.to_numpy().astype(np.int64), 1)
-    total = np.concatenate([[0], np.cumsum(edges[1::2] - edges[::2])])
-    return np.diff(total[column.offsets.to_numpy() // 2])
-
-
-def _checksum(batch: pa.RecordBatch) -> bytes:
-    checksum = 0
-    for column in batch.columns:
-        # Offsets, values and bits, but not the validity bitmap, which Arrow leaves out when nothing is null.
-        for values in (column.offsets, column.values) if pa.types.is_list(column.type) else (column.to_pylist(),):
-            content = repr(values).encode() if isinstance(values, list) else values.to_numpy()
-            checksum = zlib.crc32(content, checksum)
-    return str(checksum).encode()
-
-
-class _Progress:
-    """A bar on a terminal; elsewhere a line at every tenth, so that logs stay short."""
-
-    def __init__(self, total: int, shown: bool) -> None:
-        self._total, self._done, self._tenth, self._bar = total, 0, 0, None
-        self._lines = shown and not sys.stderr.isatty()
-        if shown and not self._lines:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("tokenising"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.add_task("", total=total)
-
-    def __enter__(self) -> "_Progress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, rows: int) -> None:
-        self._done += rows
-        if self._bar is not None:
-            self._bar.advance(self._bar.task_ids[0], rows)
-        tenth = 10 * self._done // self._total
-        if self._lines and tenth > self._tenth:
-            self._tenth = tenth
-            print(f"tokenising: {self._done} of {self._total} rows", file=sys.stderr, flush=True)
+    if not show_bar:
+        datasets.disable_progress_bars()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        thresholds = gc.get_threshold()
+        # The search for reference cycles goes by the number of new objects, here texts and ids that are soon gone.
+        gc.set_threshold(_OBJECTS_A_SEARCH, *thresholds[1:])
+        try:
+            datasets.Dataset.from_dict({"row": range(rows)}).map(
+                encode,
+                batched=True,
+                batch_size=_BATCH_ROWS,
+                remove_columns="row",
+                features=datasets.Features.from_arrow_schema(_SCHEMA),
+                cache_file_name=str(made),
+                new_fingerprint=path.stem,
+                desc="tokenising",
+            )
+        finally:
+            gc.set_threshold(*thresholds)
+        content = made.read_bytes()
+        with made.open("ab") as file:
+            file.write(hashlib.sha256(content).digest())
+        os.replace(made, path)
+    return pa.ipc.open_stream(content).read_all()

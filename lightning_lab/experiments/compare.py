@@ -31,6 +31,7 @@ from lightning_lab.experiments.runs import Run, differing_settings
 MIN_CONVERSATIONS = 20
 BEYOND_EACH_END = 50  # resamples, at least: the end is then known to a seventh of their number (1 / sqrt(50))
 BATCH_VALUES = 2**16  # resampled conversations at a time: arrays of 0.5 MiB, whatever the split's size
+TOGETHER = 16  # runs that share each draw, which is a third of the time of one run; more would need more memory
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Run ``b`` against run ``a`` on one split.
+    """Run ``b`` against run ``a`` on one split; losses are token-weighted, nats a token.
+
+    A perplexity and its interval are ``exp`` of a loss and its ends: BCa intervals respect such transformations.
 
     Attributes:
         a: Name of the reference.
@@ -51,17 +54,12 @@ class Comparison:
         split: The split.
         conversations: Held-out conversations, the same in both.
         tokens: Their supervised tokens.
-        loss_a: Token-weighted, nats a token.
-        loss_b: Likewise.
+        loss_a: Of the reference.
+        loss_a_interval: Of one run alone, so wider than what pairing leaves of the difference.
+        loss_b: Of the other run.
+        loss_b_interval: Likewise.
         difference: ``loss_b - loss_a``; negative: ``b`` is better.
         interval: Of the difference.
-        perplexity_a: ``exp(loss_a)``, infinite above 709 nats.
-        perplexity_b: Likewise.
-        perplexity_a_interval: Of one run alone, so wider than what pairing leaves of the difference.
-        perplexity_b_interval: Likewise.
-        perplexity_difference: ``perplexity_b - perplexity_a``.
-        perplexity_difference_interval: Of the paired difference; `is_real` goes by the loss alone. Not a number where
-            a perplexity is infinite.
         level: Of each interval, after correction, such as 0.9833.
         family_level: Of all comparisons together: with this probability every interval of the difference is right.
         comparisons: How many are made together.
@@ -74,15 +72,11 @@ class Comparison:
     conversations: int
     tokens: int
     loss_a: float
+    loss_a_interval: Interval
     loss_b: float
+    loss_b_interval: Interval
     difference: float
     interval: Interval
-    perplexity_a: float
-    perplexity_b: float
-    perplexity_a_interval: Interval
-    perplexity_b_interval: Interval
-    perplexity_difference: float
-    perplexity_difference_interval: Interval
     level: float
     family_level: float
     comparisons: int
@@ -116,168 +110,102 @@ class Comparison:
 
 
 def compare(
-    a: Run,
-    b: Run,
-    split: str = "test",
-    *,
-    level: float = 0.95,
-    comparisons: int = 1,
-    resamples: int = 9999,
-    seed: int = 3407,
+    a: Run, b: Run, split: str = "test", *, level: float = 0.95, comparisons: int = 1, seed: int = 3407
 ) -> Comparison:
-    """Compare two runs that were evaluated on the same split.
-
-    Args:
-        a: The reference.
-        b: The run that is held against it.
-        split: The split, ``test`` unless there is a reason.
-        level: Of all comparisons together.
-        comparisons: How many are made together; each interval is at ``1 - (1 - level) / comparisons``.
-        resamples: Of the bootstrap, at least; more are drawn where the level leaves fewer than `BEYOND_EACH_END`
-            beyond each end of the interval.
-        seed: Of the resampling.
+    """Compare two runs; arguments as `compare_to_first`.
 
     Raises:
         LabError: A run lacks the split; the two were evaluated on different data, conversations or masks; a run's files
             contradict each other; a loss is not finite; there are fewer than `MIN_CONVERSATIONS`.
 
     """
-    if not 0 < level < 1 or comparisons < 1:
-        raise LabError(f"level must lie between 0 and 1 and comparisons be at least 1, got {level} and {comparisons}")
-    rows, loss_a, tokens = _sorted_examples(a, split)
-    rows_b, loss_b, tokens_b = _sorted_examples(b, split)
-    both = f"{a.name} and {b.name} cannot be compared on {split}"
-
-    fingerprints = [run.evaluations[split].get("data_fingerprint") for run in (a, b)]
-    if None in fingerprints:
-        raise LabError(
-            f"{both}: {split}.json of {(a, b)[fingerprints.index(None)].path} lacks data_fingerprint; evaluate it again"
-        )
-    if fingerprints[0] != fingerprints[1]:
-        settings = [key for key in differing_settings([a, b]) if key.startswith("data.") or key == "model.base"]
-        because = f" (they differ in {', '.join(settings)})" if settings else ""
-        raise LabError(f"{both}: their data_fingerprint differs, so the data or the tokens are not the same{because}")
-    if not np.array_equal(rows, rows_b):
-        only_a, only_b = np.setdiff1d(rows, rows_b), np.setdiff1d(rows_b, rows)
-        alone = [
-            f"{len(only):,} in {run.name} alone (first row {only[0]})"
-            for run, only in ((a, only_a), (b, only_b))
-            if len(only)
-        ]
-        raise LabError(f"{both}: the conversations differ, {' and '.join(alone)}; give both the same data.split")
-    if (differ := np.flatnonzero(tokens != tokens_b)).size:
-        i = differ[0]
-        raise LabError(
-            f"{both}: their masks differ in {len(differ):,} conversations; row {rows[i]} has {tokens[i]:,} supervised "
-            f"tokens in {a.name} and {tokens_b[i]:,} in {b.name}"
-        )
-    for run, loss in ((a, loss_a), (b, loss_b)):
-        if (bad := np.flatnonzero(~np.isfinite(loss))).size:
-            raise LabError(
-                f"{both}: row {rows[bad[0]]} of {run.name} has a loss of {loss[bad[0]]}; train or evaluate it again"
-            )
-        _check_totals(run, split, loss, tokens, both)
-    if len(rows) < MIN_CONVERSATIONS:
-        raise LabError(
-            f"{both}: a bootstrap over conversations needs at least {MIN_CONVERSATIONS}, the split has {len(rows)}"
-        )
-
-    each = 1 - (1 - level) / comparisons
-    estimates, intervals = _bootstrap(loss_a * tokens, loss_b * tokens, tokens, each, resamples, seed)
-    # BCa respects transformations (Efron 1987), so a perplexity's interval is that of the loss through exp.
-    with np.errstate(over="ignore"):
-        perplexities = [float(np.exp(loss)) for loss in estimates[1:3]]
-        perplexity_intervals = [Interval(*np.exp([ends.low, ends.high]).tolist()) for ends in intervals[1:3]]
-    return Comparison(
-        a=a.name,
-        b=b.name,
-        split=split,
-        conversations=len(rows),
-        tokens=int(tokens.sum()),
-        loss_a=estimates[1],
-        loss_b=estimates[2],
-        difference=estimates[0],
-        interval=intervals[0],
-        perplexity_a=perplexities[0],
-        perplexity_b=perplexities[1],
-        perplexity_a_interval=perplexity_intervals[0],
-        perplexity_b_interval=perplexity_intervals[1],
-        perplexity_difference=estimates[3],
-        perplexity_difference_interval=intervals[3],
-        level=each,
-        family_level=level,
-        comparisons=comparisons,
-    )
+    found, refused = compare_to_first([a, b], split, level=level, comparisons=comparisons, seed=seed)
+    if refused:
+        raise LabError(refused[0])
+    return found[0]
 
 
-def compare_to_best(
-    runs: Sequence[Run], split: str = "test", *, level: float = 0.95, resamples: int = 9999, seed: int = 3407
-) -> list[Comparison]:
-    """Compare every other run with the first, all intervals together at ``level``.
+def compare_to_first(
+    runs: Sequence[Run],
+    split: str = "test",
+    *,
+    level: float = 0.95,
+    comparisons: int | None = None,
+    seed: int = 3407,
+) -> tuple[list[Comparison], list[str]]:
+    """Compare every other run with the first.
 
     Args:
         runs: The reference first. Choose it on validation: chosen on ``split``, its loss there would be too good.
-        split: The split.
+        split: The split, ``test`` unless there is a reason.
         level: Of all comparisons together.
-        resamples: Of each bootstrap, at least.
+        comparisons: How many are made together, by default those found; each interval is at
+            ``1 - (1 - level) / comparisons``.
         seed: Of the resampling.
 
     Returns:
-        One comparison for each run after the first, in their order.
+        One comparison for each run after the first that can be compared, in their order, and why the others cannot.
 
     Raises:
-        LabError: As `compare`.
+        LabError: The level or the number of comparisons is none.
 
     """
-    return [
-        compare(runs[0], run, split, level=level, comparisons=len(runs) - 1, resamples=resamples, seed=seed)
-        for run in runs[1:]
-    ]
+    if not 0 < level < 1 or (comparisons is not None and comparisons < 1):
+        raise LabError(f"level must lie between 0 and 1 and comparisons be at least 1, got {level} and {comparisons}")
+    pairs: list[tuple[Run, np.ndarray, np.ndarray, np.ndarray]] = []
+    refused = []
+    for run in runs[1:]:
+        try:
+            pairs.append((run, *_comparable(runs[0], run, split)))
+        except (LabError, OSError) as error:
+            refused.append(str(error))
+    comparisons = comparisons or max(1, len(pairs))
+    each = 1 - (1 - level) / comparisons
+    found = []
+    for start in range(0, len(pairs), TOGETHER):
+        part = pairs[start : start + TOGETHER]
+        _, reference, _, tokens = part[0]
+        first, *others = bootstrap([reference, *(loss for _, _, loss, _ in part)], tokens, level=each, seed=seed)
+        losses, differences = others[: len(part)], others[len(part) :]
+        for (run, *_), loss, difference in zip(part, losses, differences, strict=True):
+            names = runs[0].name, run.name, split, len(tokens), int(tokens.sum())
+            found.append(Comparison(*names, *first, *loss, *difference, each, level, comparisons))
+    return found, refused
 
 
-def bootstrap_difference(
-    nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, *, level: float, resamples: int, seed: int
-) -> tuple[float, Interval]:
-    """Token-weighted difference in loss and its paired BCa interval.
+def bootstrap(
+    losses: Sequence[np.ndarray], tokens: np.ndarray, *, level: float = 0.95, resamples: int = 9999, seed: int = 3407
+) -> list[tuple[float, Interval]]:
+    """Token-weighted losses and their differences to the first, with BCa intervals, all from the same resamples.
 
     Args:
-        nll_a: ``[C]`` float64, each conversation's summed negative log-likelihood under ``a``, nats.
-        nll_b: ``[C]`` float64, likewise under ``b``.
+        losses: ``[C]`` float64 of each run, each conversation's mean negative log-likelihood, nats.
         tokens: ``[C]``, its supervised tokens, positive.
-        level: Of the interval.
-        resamples: Drawn, at least; see `compare`.
+        level: Of each interval.
+        resamples: At least; more are drawn where the level leaves fewer than `BEYOND_EACH_END` beyond each end.
         seed: Of the resampling.
 
     Returns:
-        ``(sum(nll_b) - sum(nll_a)) / sum(tokens)``, nats a token, and its interval.
+        Each run's loss, then the difference of each run after the first, nats a token.
 
     Raises:
         ValueError: There are fewer than two conversations.
 
     """
-    estimates, intervals = _bootstrap(nll_a, nll_b, tokens, level, resamples, seed)
-    return estimates[0], intervals[0]
+    from scipy import stats  # half a second to import
 
-
-def _bootstrap(
-    nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, level: float, resamples: int, seed: int
-) -> tuple[list[float], list[Interval]]:
-    """Difference in loss, loss of ``a``, loss of ``b``, difference in perplexity, all from the same resamples."""
-    from scipy.stats import bootstrap  # half a second to import
-
-    def statistics(nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, axis: int = -1) -> np.ndarray:
-        total = tokens.sum(axis)
-        a, b = nll_a.sum(axis) / total, nll_b.sum(axis) / total
-        return np.stack([b - a, a, b, np.exp(b) - np.exp(a)])
+    def statistics(*data: np.ndarray, axis: int = -1) -> np.ndarray:
+        *summed, count = [part.sum(axis) for part in data]
+        means = [total / count for total in summed]
+        return np.stack([*means, *(mean - means[0] for mean in means[1:])])
 
     # Beyond each end before BCa moves it. The 1e-6: rounding of 1 - level is not to cost a resample.
     resamples = max(resamples, math.ceil(2 * BEYOND_EACH_END / (1 - level) - 1e-6))
-    data = (nll_a, nll_b, tokens)
+    data = (*(loss * tokens for loss in losses), tokens)
     # BCa of a statistic that no resample changes is 0 / 0, of which numpy and SciPy warn; it is dealt with below.
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        estimates = statistics(*data)
-        result = bootstrap(
+        result = stats.bootstrap(
             data,
             statistics,
             paired=True,
@@ -292,40 +220,61 @@ def _bootstrap(
         percentile = np.quantile(result.bootstrap_distribution, [tail, 1 - tail], axis=-1)
     bca = np.stack(result.confidence_interval)
     ends = np.where(np.isnan(bca).any(0), percentile, bca)
-    return estimates.tolist(), [Interval(low, high) for low, high in ends.T.tolist()]
+    values = statistics(*data).tolist()
+    return [(value, Interval(*pair)) for value, pair in zip(values, ends.T.tolist(), strict=True)]
 
 
-def _sorted_examples(run: Run, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, mean losses and supervised tokens of a split's conversations, each ``[C]``, by row."""
-    examples = run.examples(split)
-    if split not in run.evaluations:
-        raise LabError(f"{run.path / split}.json: not there, but {split}_examples.csv is; evaluate {run.name} again")
-    order = np.argsort(examples.rows, kind="stable")
-    rows, tokens = examples.rows[order], examples.tokens[order]
-    file = run.path / f"{split}_examples.csv"
-    if (twice := rows[1:][rows[1:] == rows[:-1]]).size:
-        raise LabError(f"{file}: row {twice[0]} comes twice; evaluate {run.name} again")
-    if (empty := rows[tokens < 1]).size:
-        raise LabError(f"{file}: row {empty[0]} has no supervised tokens; evaluate {run.name} again")
-    return rows, examples.loss[order], tokens
+def _comparable(a: Run, b: Run, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Losses of both runs and tokens of the same conversations, each ``[C]``, by row.
 
+    Raises:
+        LabError: They cannot be compared.
 
-def _check_totals(run: Run, split: str, loss: np.ndarray, tokens: np.ndarray, both: str) -> None:
-    """Refuse a CSV and a JSON of different evaluations, as an interrupted one leaves them."""
-    evaluation = run.evaluations[split]
-    counted, recorded = int(tokens.sum()), evaluation.get("supervised_tokens")
-    if counted != recorded:
-        raise LabError(
-            f"{both}: {split}_examples.csv of {run.path} holds {counted:,} supervised tokens, {split}.json says "
-            f"{recorded}; evaluate {run.name} again"
+    """
+    both = f"{a.name} and {b.name} cannot be compared on {split}"
+    of_a, of_b = a.examples(split), b.examples(split)
+    for run in (a, b):
+        if split not in run.evaluations:
+            raise LabError(
+                f"{run.path / split}.json: not there, but {split}_examples.csv is; evaluate {run.name} again"
+            )
+        if "data_fingerprint" not in run.evaluations[split]:
+            raise LabError(f"{both}: {split}.json of {run.path} lacks data_fingerprint; evaluate it again")
+    if a.evaluations[split]["data_fingerprint"] != b.evaluations[split]["data_fingerprint"]:
+        settings = [key for key in differing_settings([a, b]) if key.startswith("data.") or key == "model.base"]
+        because = f" (they differ in {', '.join(settings)})" if settings else ""
+        raise LabError(f"{both}: their data_fingerprint differs, so the data or the tokens are not the same{because}")
+    if alone := [
+        (run, own.keys() - other) for run, own, other in ((a, of_a, of_b), (b, of_b, of_a)) if own.keys() - other
+    ]:
+        where = " and ".join(f"{len(rows):,} in {run.name} alone (first row {min(rows)})" for run, rows in alone)
+        raise LabError(f"{both}: the conversations differ, {where}; give both the same data.split")
+    if differ := [row for row in of_a if of_a[row].tokens != of_b[row].tokens]:
+        counts = f"{of_a[differ[0]].tokens:,} supervised tokens in {a.name} and {of_b[differ[0]].tokens:,} in {b.name}"
+        raise LabError(f"{both}: their masks differ in {len(differ):,} conversations; row {differ[0]} has {counts}")
+    if len(of_a) < MIN_CONVERSATIONS:
+        needs = f"a bootstrap over conversations needs at least {MIN_CONVERSATIONS}, the split has {len(of_a)}"
+        raise LabError(f"{both}: {needs}")
+    for run, examples in ((a, of_a), (b, of_b)):
+        for row, example in examples.items():
+            if not math.isfinite(example.loss):
+                what = f"row {row} of {run.name} has a loss of {example.loss}"
+                raise LabError(f"{both}: {what}; train or evaluate it again")
+        tokens = sum(example.tokens for example in examples.values())
+        loss = sum(example.loss * example.tokens for example in examples.values()) / tokens
+        recorded = run.evaluations[split]
+        recorded_loss, recorded_tokens = (
+            recorded[f"{split.removesuffix('-base')}_loss"],
+            recorded.get("supervised_tokens"),
         )
-    mean, recorded_loss = float((loss * tokens).sum()) / counted, evaluation[f"{split.removesuffix('-base')}_loss"]
-    # Both come from the same float64 sums, so that anything beyond rounding is another evaluation.
-    if not math.isclose(mean, recorded_loss, rel_tol=1e-6):
-        raise LabError(
-            f"{both}: {split}_examples.csv of {run.path} has a loss of {mean:.6f}, {split}.json says "
-            f"{recorded_loss:.6f}; evaluate {run.name} again"
-        )
+        # Both come from the same float64 sums, so that anything beyond rounding is another evaluation.
+        if tokens != recorded_tokens or not math.isclose(loss, recorded_loss, rel_tol=1e-6):
+            raise LabError(
+                f"{both}: {split}_examples.csv of {run.path} has a loss of {loss:.6f} over {tokens} supervised tokens, "
+                f"{split}.json says {recorded_loss:.6f} over {recorded_tokens}; evaluate {run.name} again"
+            )
+    (loss_a, tokens), (loss_b, _) = (np.array(list(examples.values())).T for examples in (of_a, of_b))
+    return loss_a, loss_b, tokens
 
 
 def _decimals(low: float, high: float) -> int:

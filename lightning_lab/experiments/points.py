@@ -10,21 +10,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_lab.errors import LabError
-from lightning_lab.experiments.runs import flatten
+from lightning_lab.errors import LabError, check_ranges
+from lightning_lab.files import flatten
 
 if TYPE_CHECKING:
     import optuna
 
-TIE = re.compile(r"(?:(?P<before>[\d.]+)\s*\*\s*)?(?P<key>[A-Za-z_][\w.]*)(?:\s*\*\s*(?P<after>[\d.]+))?")
 NAME = re.compile(r"\w[\w.+-]*")
 NAME_LENGTH = 120  # file names have at most 255 bytes, and temporary ones add to it
 RESERVED = ("run_dir", "ckpt_path", "config", "trainer.default_root_dir")
+RANGE = ("low", "high", "log", "step")
+RANGES = {"trials": (1, math.inf), "seed": (0, 2**32 - 1)}
+LARGEST = 2**53  # bounds beyond it are not exact in Optuna's database
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Which runs a sweep consists of.
+    """Which runs a sweep consists of, and where it keeps what it has done.
 
     Args:
         grid: Values by config key, such as ``{model.lr: [1e-4, 2e-4], model.r: [16, 32]}``; every combination is run.
@@ -41,6 +43,8 @@ class SweepSettings:
         test: Evaluate the held-out test split with the best checkpoint of ``all`` runs (the default of a grid), of the
             ``best`` one (the default of a search) or of ``none``.
         retry_failed: Run failed trials again, from their checkpoint if they have one.
+        storage: SQLAlchemy's URL of a database, such as ``postgresql://user@host/sweeps``, through which workers on
+            several machines share the runs; null for a SQLite file in the sweep's directory.
 
     """
 
@@ -54,22 +58,21 @@ class SweepSettings:
     seed: int = 3407
     test: Literal["all", "best", "none"] | None = None
     retry_failed: bool = False
+    storage: str | None = None
 
 
 @dataclass(frozen=True)
 class Point:
-    """One trial's settings by dotted config key, and the name of its run.
+    """One run of a sweep.
 
     Attributes:
         name: Of its directory.
-        settings: What it changes in the config.
-        named: Whether the user chose the name.
+        settings: What it changes in the config, by dotted key.
 
     """
 
     name: str
     settings: Mapping[str, Any]
-    named: bool = False
 
     @property
     def flags(self) -> list[str]:
@@ -79,11 +82,34 @@ class Point:
         ]
 
 
+def sweep_points(sweep: SweepSettings, space: Mapping[str, Mapping[str, Any]]) -> list[Point]:
+    """All runs of a grid; of a search the ends of each range and each choice, which are checked before it begins.
+
+    Raises:
+        LabError: Numbers out of range, or settings that exclude each other or cannot be combined.
+
+    """
+    check_ranges("sweep", vars(sweep), RANGES)
+    if not space and sweep.prune:
+        raise LabError("sweep.prune is for a search: a grid runs each of its settings to the end")
+    if not space:
+        return grid_points(sweep)
+    if sweep.grid or sweep.settings:
+        raise LabError("the sweep is a search and a grid; keep sweep.search, or sweep.grid and sweep.settings")
+    ends = {key: range_.get("choices") or [range_["low"], range_["high"]] for key, range_ in space.items()}
+    first = {key: values[0] for key, values in ends.items()}
+    varied = [first | {key: value} for key, values in ends.items() for value in values[1:]]
+    return [point("search", settings, sweep) for settings in [first, *varied]]
+
+
+# -- grids -----------------------------------------------------------------------------------------------------------
+
+
 def grid_points(sweep: SweepSettings) -> list[Point]:
     """Every combination that a grid and single settings make, in the order in which they are written.
 
     Raises:
-        LabError: Nothing to combine, a key that a sweep sets itself, a bad name, or one combination twice.
+        LabError: Nothing to combine, a key that a sweep sets itself, or a bad name.
 
     """
     grid = flatten(sweep.grid or {})
@@ -99,8 +125,7 @@ def grid_points(sweep: SweepSettings) -> list[Point]:
     for setting in sweep.settings or [{}]:
         fixed = flatten(setting)
         name = fixed.pop("name", None)
-        both = [key for key in fixed if key in grid]
-        if both:
+        if both := [key for key in fixed if key in grid]:
             raise LabError(f"sweep: {both[0]} is in sweep.grid and in sweep.settings; leave it in one of them")
         for values in itertools.product(*grid.values()):
             varied = dict(zip(grid, values, strict=True))
@@ -108,39 +133,46 @@ def grid_points(sweep: SweepSettings) -> list[Point]:
             shown = "_".join(part for part in parts if part) or "base"
             if name is not None and not (NAME.fullmatch(shown) and len(shown) <= NAME_LENGTH):
                 raise LabError(f"sweep.settings: {shown!r} cannot be a run's name; use letters, digits and _ . + -")
-            points.append(_point(shown, fixed | varied, sweep, named=name is not None))
+            points.append(point(shown, fixed | varied, sweep))
     return points
 
 
-def distinct(points: Sequence[Point], taken: Mapping[str, Mapping[str, Any]]) -> list[Point]:
-    """Give each point a name that no other run of the sweep has.
+def new_points(points: Sequence[Point], taken: Mapping[str, Mapping[str, Any]]) -> list[Point]:
+    """The points that are no run of the sweep yet.
 
     Args:
         points: With their settings as the config has them.
-        taken: Settings of the runs that there are already, by name.
+        taken: Settings of the sweep's runs by name.
 
     Raises:
-        LabError: Two points have the same settings, or a name that the user chose is another run's.
+        LabError: Two points have one name or the same settings, or one has another run's name.
 
     """
-    result: list[Point] = []
-    names = {name.casefold(): settings for name, settings in taken.items()}  # file systems may ignore case
-    for i, point in enumerate(points):
-        for other in points[:i]:
-            if point.settings == other.settings:
-                raise LabError(f"sweep: the settings of {point.name} come twice (as {other.name}); leave one out")
-        name, number = point.name, 1
-        while names.get(name.casefold(), point.settings) != point.settings:
-            if point.named:
+    known = dict(taken)
+    for wanted in points:
+        if wanted.settings in taken.values():
+            continue
+        for name, settings in known.items():
+            if name.casefold() == wanted.name.casefold() or settings == wanted.settings:  # file systems may ignore case
                 raise LabError(
-                    f"sweep: there is a run {name} already, with {dict(names[name.casefold()])}; give "
-                    f"{dict(point.settings)} another name"
+                    f"sweep: a run {name} with {settings} is there already; give {dict(wanted.settings)} (as "
+                    f"{wanted.name}) another name in sweep.settings, or leave it out"
                 )
-            number += 1
-            name = f"{point.name}.{number}"  # not -2, which would be the second run of that name
-        names[name.casefold()] = point.settings
-        result.append(Point(name, point.settings, point.named))
-    return result
+        known[wanted.name] = dict(wanted.settings)
+    return [Point(name, settings) for name, settings in known.items() if name not in taken]
+
+
+def point(name: str, settings: Mapping[str, Any], sweep: SweepSettings) -> Point:
+    """A run with these settings and the keys that are tied to them.
+
+    Raises:
+        LabError: A key that a sweep sets itself, or a tie that cannot be followed.
+
+    """
+    for key in settings:
+        if key in RESERVED or key.startswith("sweep."):
+            raise LabError(f"sweep: {key} cannot be varied; a sweep sets it itself")
+    return Point(name, tied(settings, sweep.tie or {}))
 
 
 def tied(settings: Mapping[str, Any], ties: Mapping[str, str]) -> dict[str, Any]:
@@ -152,22 +184,21 @@ def tied(settings: Mapping[str, Any], ties: Mapping[str, str]) -> dict[str, Any]
     """
     result = dict(settings)
     for key, rule in flatten(ties).items():
-        match = TIE.fullmatch(str(rule).strip())
-        source = match["key"] if match else ""
-        if source not in settings:
+        factor, _, source = str(rule).rpartition("*")
+        value = settings.get(source.strip())
+        if value is None:
             raise LabError(
                 f"sweep.tie: {key}: {rule} follows no key of the sweep ({', '.join(settings)}); write a key, or a "
                 "number times a key, such as 2 * model.r"
             )
         if key in settings:
             raise LabError(f"sweep.tie: {key} is tied and set; leave it out of the settings")
-        value = settings[source]
-        factors = [float(match[side]) for side in ("before", "after") if match and match[side]]
-        if factors:
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise LabError(f"sweep.tie: {key}: {rule}: {value!r} is not a number")
-            value = math.prod([*factors, value])
-            value = int(value) if value == int(value) else value
+        if factor:
+            try:
+                value = float(factor) * value
+            except (TypeError, ValueError):
+                raise LabError(f"sweep.tie: {key}: {rule}: {factor.strip()} or {value!r} is not a number") from None
+            value = int(value) if value.is_integer() else value
         result[key] = value
     return result
 
@@ -185,16 +216,7 @@ def _short(value: Any) -> str:
     if isinstance(value, float) and value != 0 and not 0.01 <= abs(value) < 1000:
         mantissa, _, exponent = f"{value:.3e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if exponent else mantissa
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
-
-
-def _point(name: str, settings: Mapping[str, Any], sweep: SweepSettings, named: bool = False) -> Point:
-    for key in settings:
-        if key in RESERVED or key.startswith("sweep."):
-            raise LabError(f"sweep: {key} cannot be varied; a sweep sets it itself")
-    return Point(name, tied(settings, sweep.tie or {}), named)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # -- searches --------------------------------------------------------------------------------------------------------
@@ -208,50 +230,37 @@ def search_space(search: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
     """
     space: dict[str, dict[str, Any]] = {}
-
-    def visit(prefix: str, node: Any) -> None:
-        if isinstance(node, Mapping) and node.keys() & {"low", "high", "choices"}:
-            space[prefix] = _range(prefix, dict(node))
-        elif isinstance(node, Mapping) and node:
-            for key, inner in node.items():
-                visit(f"{prefix}.{key}" if prefix else str(key), inner)
-        else:
-            raise LabError(f"sweep.search: {prefix} needs {{low: ..., high: ...}} or {{choices: [...]}}")
-
-    if search:
-        visit("", search)
-    return space
+    for path, value in flatten(search).items():
+        key, _, part = path.rpartition(".")
+        if part not in (*RANGE, "choices"):
+            raise LabError(f"sweep.search: {path} is no range; write {{low: ..., high: ...}} or {{choices: [...]}}")
+        space.setdefault(key, {})[part] = value
+    return {key: _range(key, given) for key, given in space.items()}
 
 
 def _range(key: str, given: dict[str, Any]) -> dict[str, Any]:
-    wrong = LabError(f"sweep.search: {key} needs {{low: ..., high: ...}} (with log or step) or {{choices: [...]}}")
-    if "choices" in given:
-        if set(given) != {"choices"} or not isinstance(given["choices"], list) or not given["choices"]:
-            raise wrong
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    if given.keys() == {"choices"} and isinstance(given["choices"], list) and given["choices"]:
         return given
-    if not {"low", "high"} <= set(given) <= {"low", "high", "log", "step"}:
-        raise wrong
-    for bound in given.keys() - {"log"}:
-        if isinstance(given[bound], bool) or not isinstance(given[bound], int):  # YAML reads 1e-5 as text
-            try:
-                given[bound] = float(given[bound])
-            except (TypeError, ValueError):
-                raise wrong from None
-        if not math.isfinite(given[bound]):
-            raise wrong
-    if not given["low"] < given["high"] or (given.get("log") and given["low"] <= 0):
-        raise LabError(f"sweep.search: {key}: low must be below high, and above 0 with log")
-    if "step" in given and (given.get("log") or given["step"] <= 0):
-        raise LabError(f"sweep.search: {key}: step must be above 0, and excludes log")
+    if not {"low", "high"} <= given.keys() <= set(RANGE):
+        raise LabError(f"sweep.search: {key} needs {{low: ..., high: ...}} (with log or step) or {{choices: [...]}}")
+    try:
+        for bound in given.keys() - {"log"}:
+            if not isinstance(given[bound], int):
+                given[bound] = float(given[bound])  # YAML reads 1e-5 as text
+            if not abs(given[bound]) <= LARGEST:
+                raise ValueError(f"{bound} is {given[bound]}; it must be a number of at most {LARGEST:.0e}")
+        if not given["low"] < given["high"]:
+            raise ValueError("low must be below high")
+        (IntDistribution if _is_whole(given) else FloatDistribution)(**given)
+    except (TypeError, ValueError) as error:
+        raise LabError(f"sweep.search: {key}: {error}") from None
     return given
 
 
-def search_corners(sweep: SweepSettings, space: Mapping[str, Mapping[str, Any]]) -> list[Point]:
-    """Points at the ends of each range and at each choice, to be checked before a search begins."""
-    ends = {key: range_.get("choices") or [range_["low"], range_["high"]] for key, range_ in space.items()}
-    first = {key: values[0] for key, values in ends.items()}
-    varied = [first | {key: value} for key, values in ends.items() for value in values[1:]]
-    return [_point("search", settings, sweep) for settings in [first, *varied]]
+def _is_whole(range_: Mapping[str, Any]) -> bool:
+    return all(isinstance(range_[part], int) for part in range_.keys() - {"log"})
 
 
 def draw(trial: optuna.Trial, key: str, range_: Mapping[str, Any]) -> Any:
@@ -260,12 +269,4 @@ def draw(trial: optuna.Trial, key: str, range_: Mapping[str, Any]) -> Any:
         plain = (bool, int, float, str, type(None))
         choices = [c if isinstance(c, plain) else json.dumps(c) for c in range_["choices"]]
         return range_["choices"][choices.index(trial.suggest_categorical(key, choices))]
-    low, high, step, log = range_["low"], range_["high"], range_.get("step"), bool(range_.get("log"))
-    if isinstance(low, int) and isinstance(high, int) and isinstance(step, int | None):
-        return trial.suggest_int(key, low, high, step=step or 1, log=log)
-    return trial.suggest_float(key, low, high, step=step, log=log)
-
-
-def drawn_point(number: int, values: Mapping[str, Any], sweep: SweepSettings) -> Point:
-    """The point of a search's trial."""
-    return _point(f"trial-{number:03d}", values, sweep)
+    return (trial.suggest_int if _is_whole(range_) else trial.suggest_float)(key, **range_)

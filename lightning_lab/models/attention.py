@@ -9,7 +9,7 @@ The function is registered with transformers' ``AttentionInterface``, which is h
 mask from transformers, which is what is wanted here.
 
 On GPUs with PyTorch's variable-length kernel one call serves all documents. On a CPU they are attended one by one
-(`cpu_attention`).
+(`cpu`).
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lab.models.cpu_attention import cpu_document_attention
+from lightning_lab.models.cpu import cpu_document_attention
 
 DOCUMENT_ATTENTION = "lightning_lab_documents"
 

@@ -24,25 +24,15 @@ class NF4(NamedTuple):
     """A doubly quantised NF4 weight as plain tensors (arXiv:2305.14314; the layout is that of bitsandbytes).
 
     Attributes:
-        packed: uint8, two weights a byte.
-        absmax: ``[blocks]`` uint8, each block's scale, quantised itself.
-        absmax_code: ``[256]`` float32, what its codes stand for.
-        absmax_absmax: ``[blocks of absmax]`` float32.
-        absmax_offset: float32 scalar.
-        shape: ``(out_features, in_features)``.
-        blocksize: Weights that share a scale.
-        absmax_blocksize: Scales that share a scale.
+        tensors: The weight, uint8, two values a byte; each block's scale, ``[blocks]`` uint8, quantised itself; what
+            its codes stand for, ``[256]`` float32; the scales of the scales, ``[blocks of blocks]`` float32; and their
+            offset, float32 scalar.
+        sizes: ``out_features``, ``in_features``, values that share a scale, scales that share a scale.
 
     """
 
-    packed: Tensor
-    absmax: Tensor
-    absmax_code: Tensor
-    absmax_absmax: Tensor
-    absmax_offset: Tensor
-    shape: Sequence[int]
-    blocksize: int
-    absmax_blocksize: int
+    tensors: Sequence[Tensor]
+    sizes: Sequence[int]
 
     @classmethod
     def of(cls, layer: nn.Module) -> "NF4 | None":
@@ -52,27 +42,21 @@ class NF4(NamedTuple):
             return None
         if getattr(state, "packing_format_for_cpu", False):
             return None
-        inner = state.state2
+        inner, packed = state.state2, cast(Tensor, layer.weight).data
         return cls(
-            cast(Tensor, layer.weight).data,
-            state.absmax,
-            inner.code,
-            inner.absmax,
-            state.offset,
-            tuple(state.shape),
-            state.blocksize,
-            inner.blocksize,
+            (packed, state.absmax, inner.code, inner.absmax, state.offset),
+            (*state.shape, state.blocksize, inner.blocksize),
         )
 
 
-def dequantise(weight: NF4, dtype: torch.dtype) -> Tensor:
-    """Return ``[out_features, in_features]`` in ``dtype``, by bitsandbytes' own kernels."""
+def dequantise(tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return an `NF4` weight as ``[out_features, in_features]`` in ``dtype``, by bitsandbytes' own kernels."""
+    packed, absmax, absmax_code, absmax_absmax, absmax_offset = tensors
+    *shape, blocksize, absmax_blocksize = sizes
     absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-        weight.absmax, weight.absmax_absmax, weight.absmax_code, weight.absmax_blocksize, torch.float32
+        absmax, absmax_absmax, absmax_code, absmax_blocksize, torch.float32
     )
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        weight.packed, absmax + weight.absmax_offset, weight.blocksize, "nf4", weight.shape, dtype
-    )
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax + absmax_offset, blocksize, "nf4", shape, dtype)
 
 
 def qlora_linear(x: Tensor, weight: NF4 | Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -90,23 +74,21 @@ def qlora_linear(x: Tensor, weight: NF4 | Tensor, a: Tensor, b: Tensor, scale: f
 
     """
     rows = x.reshape(-1, x.shape[-1])
-    tensors, settings = [weight] if isinstance(weight, Tensor) else weight[:5], []
-    if isinstance(weight, NF4):
-        settings = [*weight.shape, weight.blocksize, weight.absmax_blocksize]
-    return _QLoRALinear.apply(rows, a, b, scale, settings, *tensors).reshape(*x.shape[:-1], b.shape[0])
+    tensors, sizes = weight if isinstance(weight, NF4) else ((weight,), ())
+    return _QLoRALinear.apply(rows, a, b, scale, sizes, *tensors).reshape(*x.shape[:-1], b.shape[0])
 
 
 class _QLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, settings: list[int], *weight: Tensor
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, sizes: Sequence[int], *weight: Tensor
     ) -> Tensor:
         # Not part of the operator: when a compiled layer is recomputed, its last linear's y is needed no more, only xa.
         xa = x @ a.to(x.dtype).T
         multiply = _multiply_op if torch.compiler.is_compiling() else _multiply
-        y = multiply(x, xa, b, scale, settings, weight)
+        y = multiply(x, xa, b, scale, sizes, weight)
         ctx.save_for_backward(x, xa, a, b, *weight)
-        ctx.scale, ctx.settings = scale, settings
+        ctx.scale, ctx.sizes = scale, sizes
         return y
 
     @staticmethod
@@ -119,23 +101,21 @@ class _QLoRALinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             input_gradient = _input_gradient_op if torch.compiler.is_compiling() else _input_gradient
-            dx = input_gradient(dy, dy_b, a, ctx.scale, ctx.settings, weight)
+            dx = input_gradient(dy, dy_b, a, ctx.scale, ctx.sizes, weight)
         return dx, da, db, None, None, *(None for _ in weight)
 
 
-def _multiply(
-    x: Tensor, xa: Tensor, b: Tensor, scale: float, settings: Sequence[int], weight: Sequence[Tensor]
-) -> Tensor:
+def _multiply(x: Tensor, xa: Tensor, b: Tensor, scale: float, sizes: Sequence[int], weight: Sequence[Tensor]) -> Tensor:
     """``x W^T + scale xa B^T``."""
-    y = x @ _full(weight, settings, x.dtype).T
+    y = x @ _full(weight, sizes, x.dtype).T
     return y.addmm_(xa, b.to(x.dtype).T, alpha=scale)
 
 
 def _input_gradient(
-    dy: Tensor, dy_b: Tensor, a: Tensor, scale: float, settings: Sequence[int], weight: Sequence[Tensor]
+    dy: Tensor, dy_b: Tensor, a: Tensor, scale: float, sizes: Sequence[int], weight: Sequence[Tensor]
 ) -> Tensor:
     """``dy W + scale (dy B) A``."""
-    dx = dy @ _full(weight, settings, dy.dtype)
+    dx = dy @ _full(weight, sizes, dy.dtype)
     return dx.addmm_(dy_b, a.to(dy.dtype), alpha=scale)
 
 
@@ -155,11 +135,8 @@ def _(dy: Tensor, dy_b: Tensor, a: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(dy.shape[0], a.shape[1])
 
 
-def _full(weight: Sequence[Tensor], settings: Sequence[int], dtype: torch.dtype) -> Tensor:
-    if not settings:
-        return weight[0]
-    packed, absmax, code, absmax_absmax, offset = weight
-    return dequantise(NF4(packed, absmax, code, absmax_absmax, offset, settings[:2], *settings[2:]), dtype)
+def _full(weight: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return dequantise(weight, sizes, dtype) if sizes else weight[0]
 
 
 def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -200,15 +177,11 @@ class _Fused:
         weight = base.weight if type(base) is nn.Linear else layer.plain_weight
         if weight is None:
             weight = NF4.of(base)
-        if weight is None or base.bias is not None or _of_another_dtype(weight, x):
+        # a 4-bit weight is dequantised to the input's dtype, another must have it
+        if weight is None or base.bias is not None or (isinstance(weight, Tensor) and weight.dtype != x.dtype):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         name = active[0]
         return qlora_linear(x, weight, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-
-
-def _of_another_dtype(weight: NF4 | Tensor, x: Tensor) -> bool:
-    """Whether an unquantised weight has another dtype than its input; a 4-bit one is dequantised to any."""
-    return isinstance(weight, Tensor) and weight.dtype != x.dtype
 
 
 class FusedLinear4bit(_Fused, lora.Linear4bit):
@@ -233,7 +206,7 @@ def keep_dequantised_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """
     for module in model.modules():
         if isinstance(module, FusedLinear4bit) and (weight := NF4.of(module.get_base_layer())) is not None:
-            module.plain_weight = dequantise(weight, dtype)
+            module.plain_weight = dequantise(*weight, dtype)
 
 
 def fused_layers(targets: Sequence[nn.Module]) -> dict[type[nn.Module], type[nn.Module]]:

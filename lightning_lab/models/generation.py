@@ -1,15 +1,14 @@
-"""Answers from base and adapters."""
+"""Prompt ids -> answer ids, from base and adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_lab.data.conversation import Conversation
-from lightning_lab.data.rendering import Renderer
 from lightning_lab.models.qlora import evaluation_mode
 
 if TYPE_CHECKING:
@@ -18,36 +17,37 @@ if TYPE_CHECKING:
 
 def generate(
     model: PeftModel,
-    renderer: Renderer,
-    tokenizer: Any,
-    prompts: Sequence[Conversation],
+    prompts: Sequence[Sequence[int]],
     *,
+    pad_id: int,
+    stop_ids: Sequence[int],
     max_new_tokens: int,
     temperature: float = 0.0,
-) -> list[str]:
+) -> list[list[int]]:
     """Answer each prompt; prompts run as one left-padded batch.
 
-    The prompt's ids are those of training (the renderer makes both). Greedy at temperature 0, which draws no random
-    numbers.
+    Greedy at temperature 0, which draws no random numbers.
 
     Args:
         model: Base with adapters; its modes and attention are as before afterwards.
-        renderer: Encodes the prompts.
-        tokenizer: Decodes the answers.
-        prompts: Conversations that end before the answer.
+        prompts: Token ids of at least one prompt, each up to where its answer begins.
+        pad_id: Fills shorter prompts; masked, so any id will do.
+        stop_ids: Tokens that end an answer, besides those of the model's own generation config.
         max_new_tokens: Longest answer.
-        temperature: 0, or the sampling temperature.
+        temperature: 0, or the sampling temperature; the base's own top_p and top_k then apply as well.
 
     Returns:
-        The answers' text, without control tokens.
+        Each answer's ids, without the token that ended it.
 
     """
-    encoded = [renderer.encode_prompt(prompt) for prompt in prompts]
-    longest = max(map(len, encoded))
-    pad = tokenizer.pad_token_id
-    input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in encoded])
-    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in encoded])
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts])
+    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    own = model.get_base_model().generation_config.eos_token_id
+    stops = {*stop_ids, *(own if isinstance(own, list) else [own])} - {None}
     # compiled layers are for packed rows; caches and padding would compile them anew
     with _ready_to_generate(model), torch.compiler.set_stance("force_eager"), torch.no_grad():
         device = model.get_input_embeddings().weight.device
@@ -55,12 +55,12 @@ def generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=_stop_tokens(model, renderer, tokenizer),
+            pad_token_id=pad_id,
+            eos_token_id=sorted(stops) or None,
             use_cache=True,
             **sampling,
         )
-    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return [list(takewhile(lambda token: token not in stops, ids)) for ids in output[:, longest:].tolist()]
 
 
 @contextmanager
@@ -77,11 +77,3 @@ def _ready_to_generate(model: PeftModel) -> Iterator[None]:
         base.set_attn_implementation(attention)
         for module, mode in training.items():
             module.training = mode
-
-
-def _stop_tokens(model: PeftModel, renderer: Renderer, tokenizer: Any) -> list[int]:
-    configured = model.get_base_model().generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    if renderer.end_of_turn:
-        ids.add(tokenizer.convert_tokens_to_ids(renderer.end_of_turn.strip()))
-    return sorted(i for i in ids if i is not None)

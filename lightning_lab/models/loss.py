@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements of one chunk of logits by type of device. 2**25 float32 values are 134 MB, 261 positions of Llama-3's
-# vocabulary. On a CPU glibc gives blocks over 32 MiB back at once, and new pages cost more than smaller products do: of
-# 819 positions of SmolLM2, 0.37 s with 2**23 elements, 0.54 s with 2**25, 0.52 s with 2**22.
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
+from lightning_lab.models import cpu
+
+# Elements of a chunk of logits. As float32 they are 134 MB: 261 positions of Llama-3's vocabulary.
+CHUNK_ELEMENTS = 2**25
 
 
 def supervised_nll_sum(
@@ -39,7 +39,7 @@ def supervised_nll_sum(
         gradient_scale: Loss scaling for float16: the gradient comes out multiplied by it, the value does not. It is
             applied in float32 before the gradient is rounded, since a probability under 6e-8 is 0 in float16.
         chunk_elements: Upper bound on the elements of one chunk of logits (at least one row is taken); by default
-            `CHUNK_ELEMENTS`.
+            `chunk_rows` decides.
         compiled: Compile what is done to the logits, so that no float32 copy of them is made.
 
     Returns:
@@ -93,34 +93,30 @@ class _NLLSum(torch.autograd.Function):
         # a tensor: torch.compile would take each number for a new constant
         scale = torch.full((), gradient_scale, dtype=torch.float32, device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        gradient = torch.empty_like(hidden)
         for rows in _chunks(targets, head, chunk_elements):
             logits = hidden[rows] @ head.T
             at_target = _at(logits, targets[rows])
             logsumexp, softmax = softmax_of(logits, scale)
             del logits
             total += (logsumexp - at_target).sum()
-            if gradient is not None:
-                # d nll / d logits = softmax - onehot
-                less_one = (at_target - logsumexp).expm1() * scale
-                softmax.scatter_(-1, targets[rows, None], less_one.to(softmax.dtype)[:, None])
-                gradient[rows] = softmax @ head
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+            # d nll / d logits = softmax - onehot
+            less_one = (at_target - logsumexp).expm1() * scale
+            softmax.scatter_(-1, targets[rows, None], less_one.to(softmax.dtype)[:, None])
+            gradient[rows] = softmax @ head
+        ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None
-        (gradient,) = ctx.saved_tensors
+        (gradient,) = ctx.saved_tensors  # only hidden can need one
         return gradient * grad_output.to(gradient.dtype), None, None, None, None, None
 
 
 def chunk_rows(vocabulary: int, device_type: str, chunk_elements: int | None = None) -> int:
-    """Positions in one chunk of logits."""
-    return max(1, (chunk_elements or CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"])) // vocabulary)
+    """Positions in one chunk of logits, at least 1."""
+    return max(1, (chunk_elements or (cpu.CHUNK_ELEMENTS if device_type == "cpu" else CHUNK_ELEMENTS)) // vocabulary)
 
 
 def _chunks(targets: Tensor, head: Tensor, chunk_elements: int | None) -> Iterator[slice]:

@@ -19,7 +19,32 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CHECKPOINTING = ("none", "selective", "full", "offload")  # from the fastest to the least memory
+# From the most memory to the least, and from the least recomputed to the most. On a GPU that waits for its host,
+# `selective` is faster than `full` only where layers are compiled: eager, it watches every operator from Python.
+CHECKPOINTING = ("none", "selective", "full", "offload")
+
+
+def uses_fused_linear(settings: Any) -> bool:
+    """Whether training runs through the fused linear; PEFT's own layers take everything else.
+
+    Args:
+        settings: `QLoRAModule`'s ``hparams``.
+
+    """
+    return bool(settings.fused_linear and settings.bits != 8 and not settings.dora and not settings.dropout)
+
+
+def check_targets(target_modules: Sequence[str]) -> None:
+    """Refuse ``model.target_modules`` that are no linear layers of a Llama's decoder, as head and embeddings are not.
+
+    Raises:
+        LabError: Names the first that is none, or says that there are none.
+
+    """
+    wrong = [name for name in target_modules if name not in DEFAULT_TARGETS]
+    if wrong or not target_modules:
+        what = f"{wrong[0]!r} is no linear layer of a Llama's decoder" if wrong else "none are named"
+        raise LabError(f"model.target_modules: {what}; use some of {', '.join(DEFAULT_TARGETS)}")
 
 
 def add_adapters(
@@ -46,28 +71,21 @@ def add_adapters(
     `enable_checkpointing` checkpoints.
 
     Args:
-        model: a frozen base model, on any device (also ``meta``).
-        r: rank.
-        alpha: scale is alpha / r, or alpha / sqrt(r) with ``rslora`` (arXiv:2312.03732).
-        dropout: probability of dropping an element of the adapter's input, in [0, 1).
-        target_modules: last part of the names of the linear layers.
-        rslora: see ``alpha``.
-        dora: learn the norm of each output's weights apart from their direction (arXiv:2402.09353).
-        seed: of the initial values.
-        fused: run each linear and its adapter as one autograd function (`fused_linear`); same results to rounding.
+        model: A frozen base model, on any device (also ``meta``).
+        r: Rank, at least 1.
+        alpha: Scale is alpha / r, or alpha / sqrt(r) with ``rslora`` (arXiv:2312.03732).
+        dropout: Probability of dropping an element of the adapter's input, in [0, 1).
+        target_modules: Last part of the names of the linear layers.
+        rslora: See ``alpha``.
+        dora: Learn the norm of each output's weights apart from their direction (arXiv:2402.09353).
+        seed: Of the initial values.
+        fused: Run each linear and its adapter as one autograd function (`fused_linear`); same results to rounding.
 
     Raises:
-        LabError: naming the ``model.*`` key with a value that cannot be honoured.
+        LabError: As `check_targets`.
 
     """
-    if r <= 0:
-        raise LabError(f"model.r: {r} must be at least 1")
-    if alpha <= 0:
-        raise LabError(f"model.alpha: {alpha} must be above 0; the adapter would change nothing")
-    if not 0 <= dropout < 1:
-        raise LabError(f"model.dropout: {dropout} must be at least 0 and below 1")
-    _check_targets(model, target_modules)
-
+    check_targets(target_modules)
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -102,32 +120,21 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy an `adapter_state` into a model with the same adapter, all of it or nothing.
 
     Raises:
-        LabError: if names or shapes differ in any way from the model's trainable tensors.
+        LabError: Names or shapes differ in any way from the model's trainable tensors.
 
     """
     own = adapter_state(model)
-    problems = [
-        f"{what} {len(names)} tensors (e.g. {names[0]})"
-        for what, names in (("lacks", sorted(own.keys() - state.keys())), ("adds", sorted(state.keys() - own.keys())))
-        if names
-    ]
-    problems += [
-        f"has {name} of shape {tuple(state[name].shape)}, the model {tuple(weight.shape)}"
-        for name, weight in own.items()
-        if name in state and state[name].shape != weight.shape
-    ][:1]
-    if problems:
+    here, there = ({name: tuple(weight.shape) for name, weight in each.items()} for each in (own, state))
+    different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if different:
+        name = different[0]
         raise LabError(
-            f"the checkpoint does not fit the adapter: it {', and '.join(problems)}; "
+            f"the checkpoint does not fit the adapter in {len(different)} tensors: the shape of {name} is "
+            f"{there.get(name, 'missing')} in the checkpoint and {here.get(name, 'missing')} in the model; "
             "use the model.base, model.r, model.target_modules and model.dora it was trained with"
         )
     for name, weight in own.items():
         weight.copy_(state[name])
-
-
-def count_trainable(model: nn.Module) -> int:
-    """Return the number of trainable parameters."""
-    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def enable_checkpointing(model: LlamaForCausalLM | PeftModel, mode: str) -> None:
@@ -143,7 +150,7 @@ def enable_checkpointing(model: LlamaForCausalLM | PeftModel, mode: str) -> None
             ``full``, and the inputs wait in pinned host memory, which only CUDA has.
 
     Raises:
-        LabError: if the mode is unknown.
+        LabError: The mode is unknown.
 
     """
     if mode not in CHECKPOINTING:
@@ -168,23 +175,6 @@ def compile_layers(model: PeftModel, backend: str = "inductor") -> None:
     keep_plain_weights(model)
     for layer in model.get_base_model().model.layers:
         layer.compile(fullgraph=True, dynamic=True, backend=backend)
-
-
-def _check_targets(model: LlamaForCausalLM, target_modules: Sequence[str]) -> None:
-    head = {"lm_head", "embed_tokens"}
-    # The quantised classes of bitsandbytes derive from nn.Linear.
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)} - head
-    valid = f"use some of {', '.join(sorted(linear))}"
-    if not target_modules:
-        raise LabError(f"model.target_modules is empty; {valid}")
-    for name in target_modules:
-        if name in head:
-            tied = ", and embeddings and head are one tied matrix" if model.config.tie_word_embeddings else ""
-            raise LabError(
-                f"model.target_modules: {name} cannot be adapted, its weight is read directly{tied}; {valid}"
-            )
-        if name not in linear:
-            raise LabError(f"model.target_modules: the model has no linear layer {name!r}; {valid}")
 
 
 def evaluation_mode(model: nn.Module) -> None:

@@ -1,26 +1,31 @@
-"""Held-out loss, token by token: the same for any batch size, packing and number of processes."""
+"""Held-out loss, conversation by conversation: the same for any batch size, packing and number of processes."""
+
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from lightning_lab.data.batching import MicroBatch
 
 HF_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over a split found, per conversation.
+    """What one pass over ``C`` conversations of a split found, in the split's order.
 
     Attributes:
-        nll: ``[conversations]`` float64, each conversation's summed negative log-likelihood in nats.
-        tokens: ``[conversations]`` int64, supervised tokens.
-        correct: ``[conversations]`` int64, supervised tokens that were the most likely one.
+        rows: ``[C]`` int64, each conversation's row in the source.
+        nll: ``[C]`` float64, its summed negative log-likelihood in nats.
+        tokens: ``[C]`` int64, its supervised tokens.
+        correct: ``[C]`` int64, those of them that were the most likely token.
 
     """
 
+    rows: Tensor
     nll: Tensor
     tokens: Tensor
     correct: Tensor
@@ -29,16 +34,6 @@ class Evaluation:
     def loss(self) -> float:
         """Sum of NLL / supervised tokens, in nats per token."""
         return self.nll.sum().item() / int(self.tokens.sum())
-
-    @property
-    def perplexity(self) -> float:
-        """``exp(loss)``."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-    @property
-    def token_accuracy(self) -> float:
-        """Share of supervised tokens that were the most likely one."""
-        return int(self.correct.sum()) / int(self.tokens.sum())
 
     @property
     def loss_hf(self) -> float:
@@ -51,45 +46,54 @@ class Evaluation:
         sizes = torch.tensor([len(n) for n in nll], dtype=means.dtype)
         return ((means * sizes).sum() / sizes.sum()).item()
 
+    def figures(self, prefix: str) -> dict[str, float]:
+        """Loss, Hugging Face's loss, perplexity ``exp(loss)`` and token accuracy, named ``<prefix>_loss`` and so on."""
+        loss = self.loss
+        return {
+            f"{prefix}_loss": loss,
+            f"{prefix}_loss_hf": self.loss_hf,
+            f"{prefix}_perplexity": math.exp(loss) if loss < 700 else math.inf,
+            f"{prefix}_token_accuracy": int(self.correct.sum()) / int(self.tokens.sum()),
+        }
 
-class PerConversation(Metric):
-    """Collects NLL, token count and hits of each conversation of a split; torchmetrics adds the processes up.
 
-    Args:
-        conversations: How many conversations the split holds.
+class EvaluationSums:
+    """Adds up a split's micro-batches on the device; one copy to the host, when all are in."""
 
-    """
+    def __init__(self) -> None:
+        self._device: list[tuple[Tensor, Tensor]] = []
+        self._host: list[tuple[int, int, int]] = []
 
-    full_state_update = False
-    nll: Tensor
-    tokens: Tensor
-    correct: Tensor
-
-    def __init__(self, conversations: int) -> None:
-        super().__init__()
-        # float64: a sum over any packing then rounds to the same float32
-        self.add_state("nll", torch.zeros(conversations, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros(conversations, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("correct", torch.zeros(conversations, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, conversation: Tensor, nll: Tensor, correct: Tensor) -> None:
-        """Add targets.
+    def add(self, batch: MicroBatch, nll: Tensor, correct: Tensor) -> None:
+        """Add one micro-batch of ``D`` documents and ``S`` supervised tokens.
 
         Args:
-            conversation: ``[S]`` int64, which conversation each target belongs to.
-            nll: ``[S]`` float32.
+            batch: The micro-batch.
+            nll: ``[S]`` float32 nats.
             correct: ``[S]`` bool.
 
         """
-        self.nll.index_add_(0, conversation, nll.double())
-        self.tokens.index_add_(0, conversation, torch.ones_like(conversation))
-        self.correct.index_add_(0, conversation, correct.long())
+        documents = len(batch.documents)
+        # float64: a sum over any packing then rounds to the same float32
+        sums = torch.zeros(documents, dtype=torch.float64, device=nll.device)
+        hits = torch.zeros(documents, dtype=torch.int64, device=nll.device)
+        sums.index_add_(0, batch.target_documents, nll.double())
+        hits.index_add_(0, batch.target_documents, correct.long())
+        self._device.append((sums, hits))
+        self._host += zip(batch.documents, batch.rows, batch.target_counts, strict=True)
 
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return NLL, tokens and hits of each conversation, over all processes."""
-        return self.nll, self.tokens, self.correct
-
-    def evaluation(self) -> Evaluation:
-        """Return the totals over all processes, on the CPU."""
-        nll, tokens, correct = (total.reshape(-1).cpu() for total in self.compute())  # torchmetrics squeezes one value
-        return Evaluation(nll, tokens, correct)
+    def evaluation(self, world_size: int) -> Evaluation:
+        """Return what all processes found."""
+        sums, hits = (torch.cat(parts).tolist() for parts in zip(*self._device, strict=True))
+        found = [(*host, nll, correct) for host, nll, correct in zip(self._host, sums, hits, strict=True)]
+        if world_size > 1:
+            shares: list[list[tuple[int, int, int, float, int]]] = [[] for _ in range(world_size)]
+            torch.distributed.all_gather_object(shares, found)
+            found = [conversation for share in shares for conversation in share]
+        _, rows, tokens, nll, correct = zip(*sorted(found), strict=True)
+        return Evaluation(
+            rows=torch.tensor(rows),
+            nll=torch.tensor(nll, dtype=torch.float64),
+            tokens=torch.tensor(tokens),
+            correct=torch.tensor(correct),
+        )

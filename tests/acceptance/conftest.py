@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[2]
 # Columns of metrics.csv that a clock or the operating system decides.
 UNREPEATABLE = ("tokens_per_second", "peak_memory_mib")
 
+# Two epochs of 13 steps, validations at 5, 10, ... and 26; dropout and 8-bit state, so that RNG and optimizer count.
+RESUMED = ("--trainer.max_epochs=2", "--model.dropout=0.1", "--model.optimizer=adamw_8bit", "--samples=0")
+
 
 @pytest.fixture(scope="session")
 def tiny_args(tiny_base: Path, short_chats: Path) -> list[str]:
@@ -82,3 +85,23 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 def close(a: list[float], b: list[float], tolerance: float) -> bool:
     return len(a) == len(b) and all(math.isclose(x, y, rel_tol=0, abs_tol=tolerance) for x, y in zip(a, b, strict=True))
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert metrics(run) == metrics(whole)
+    for name in ("last", "best"):
+        ours, theirs = adapter(run, name), adapter(whole, name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert (run / "losses.md").read_text() == (whole / "losses.md").read_text()
+    best, expected = (r / "checkpoints" / "best" / "adapter_model.safetensors" for r in (run, whole))
+    assert best.read_bytes() == expected.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny_args: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        lab("fit", *tiny_args, *RESUMED)
+    return folder / "runs" / "embedded"

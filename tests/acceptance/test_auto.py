@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_lab import cli
-from lightning_lab.experiments import plan
+from lightning_lab.models import memory
 from tests.acceptance.conftest import lab, start
 from tests.acceptance.test_errors import fails
 
@@ -17,8 +16,6 @@ AUTO = ("--model.checkpointing=auto", "--data.micro_batch_tokens=auto", "--data.
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setenv(cli.CHOSEN, "{}")  # so that what a run writes there is undone
 
 
 def recorded(run: str) -> tuple[str, int, int]:
@@ -34,7 +31,7 @@ def recorded(run: str) -> tuple[str, int, int]:
 
 
 def memory_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(plan, "available_memory", lambda device, processes: size)
+    monkeypatch.setattr(memory, "available_memory", lambda device, processes=1: size)
 
 
 def test_a_run_records_what_was_chosen_and_keeps_it(
@@ -48,11 +45,22 @@ def test_a_run_records_what_was_chosen_and_keeps_it(
     assert "auto: model.checkpointing none, data.micro_batch_tokens 4096" in capsys.readouterr().err
 
     memory_of(monkeypatch, 1)  # nothing would fit now
-    lab("fit", *tiny_args, *AUTO, *steps, "--ckpt_path=last")
+    lab("fit", "--config=run/config.yaml", "--ckpt_path=last", "--run_dir=run")
     assert recorded("run") == ("none", 4096, 4096)
     lab("test", "--run_dir=run", "--ckpt_path=last")
     assert "MiB available" in fails(capsys, "fit", *tiny_args, *AUTO)
     assert "MiB available" in fails(capsys, "test", *tiny_args, *AUTO, "--ckpt_path=base")
+
+
+def test_a_continued_run_keeps_the_choice_though_it_is_asked_again(
+    tiny_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = ("--trainer.max_steps=2", "--samples=0", "--run_dir=run", "--model.dropout=0.1")
+    memory_of(monkeypatch, 2**40)
+    lab("fit", *tiny_args, *AUTO, *steps)
+    memory_of(monkeypatch, 1)  # nothing would fit now
+    lab("fit", *tiny_args, *AUTO, *steps, "--ckpt_path=last")
+    assert recorded("run") == ("none", 4096, 4096)
 
 
 def test_evaluation_chooses_for_itself(
@@ -74,29 +82,22 @@ def test_plan_shows_the_choice(
 
 
 def test_two_processes_choose_the_same(tiny_args: list[str], tmp_path: Path) -> None:
+    """Rank 0 chooses and tells the other, however they were started."""
     process = start(
         "fit", *tiny_args, *AUTO, "--trainer.max_steps=1", "--samples=0", "--run_dir=two",
         "--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", cwd=tmp_path, threads=1,
     )  # fmt: skip
     error = process.communicate(timeout=240)[1]
     assert process.returncode == 0, error
-    assert error.count("auto: ") == 1  # the second process was told
+    assert error.count("auto: ") == 1
     assert recorded("two") == ("none", 4096, 4096)
 
 
-def test_processes_started_elsewhere_are_refused(
-    tiny_args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_list_of_devices_is_counted_as_lightning_counts_it(
+    tiny_args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "cannot be agreed on" in fails(capsys, "fit", *tiny_args, *AUTO)
-
-
-def test_auto_is_resolved_by_the_command_line() -> None:
-    from lightning_lab.data.datamodule import ChatDataModule
-    from lightning_lab.errors import LabError
-    from lightning_lab.training.module import QLoRAModule
-
-    with pytest.raises(LabError, match="auto is for the command line"):
-        QLoRAModule(checkpointing="auto")
-    with pytest.raises(LabError, match="auto is for the command line"):
-        ChatDataModule(micro_batch_tokens="auto")
+    asked: list[int] = []
+    monkeypatch.setattr(memory, "available_memory", lambda device, processes=1: asked.append(processes) or 2**40)
+    options = ("--trainer.max_steps=1", "--samples=0", "--trainer.accelerator=cpu")
+    lab("fit", *tiny_args, *AUTO, *options, "--trainer.devices=1")
+    assert asked == [1]

@@ -2,7 +2,7 @@
 
 On the machine that wrote `golden.json` (same processor, same torch) every number and every bit of the adapters is
 compared, elsewhere the numbers within 1e-4: kernels differ between processors. After a change of results that is meant,
-write it anew, and say in the commit why: ``OMP_NUM_THREADS=1 python -m pytest tests/acceptance/test_golden.py --golden``.
+write it anew with ``OMP_NUM_THREADS=1 python -m pytest tests/acceptance/test_golden.py --golden``, and say why.
 """
 
 import hashlib

@@ -15,7 +15,7 @@ import yaml
 from torch.nn import functional as F
 
 from lightning_lab.data.datamodule import ChatDataModule
-from lightning_lab.models.base import locate
+from lightning_lab.hub import locate
 from tests.acceptance.conftest import adapter, arguments, close, lab, largest_difference, train_column
 
 STEPS, BATCH, LR, R, ALPHA = 20, 3, 1e-3, 8, 16

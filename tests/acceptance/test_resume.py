@@ -8,27 +8,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-import torch
 
-from lightning_lab.training.callbacks.checkpoints import read_checkpoint
-from tests.acceptance.conftest import adapter, lab, metrics, start
-
-# Two epochs of 13 steps, validations at 5, 10, ... and 26; dropout and 8-bit state, so that RNG and optimizer count.
-OPTIONS = ("--trainer.max_epochs=2", "--model.dropout=0.1", "--model.optimizer=adamw_8bit", "--samples=0")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tiny_args: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        lab("fit", *tiny_args, *OPTIONS)
-    return folder / "runs" / "embedded"
+from lightning_lab.training.resume import read_checkpoint
+from tests.acceptance.conftest import RESUMED, assert_same, lab, metrics, start
 
 
 def stop_at(step: int, number: int, args: list[str], folder: Path) -> int:
     """Start a run, send it a signal once ``metrics.csv`` shows ``step``, return its exit status."""
-    process = start("fit", *args, *OPTIONS, cwd=folder)
+    process = start("fit", *args, *RESUMED, cwd=folder)
     rows = folder / "runs" / "embedded" / "metrics.csv"
     deadline = time.monotonic() + 120
     while not (rows.exists() and f"\n{step}," in rows.read_text()):
@@ -38,17 +25,6 @@ def stop_at(step: int, number: int, args: list[str], folder: Path) -> int:
     process.send_signal(number)
     process.communicate(timeout=60)
     return process.returncode
-
-
-def assert_same(run: Path, whole: Path) -> None:
-    assert metrics(run) == metrics(whole)
-    for name in ("last", "best"):
-        ours, theirs = adapter(run, name), adapter(whole, name)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert (run / "losses.md").read_text() == (whole / "losses.md").read_text()
-    best, expected = (r / "checkpoints" / "best" / "adapter_model.safetensors" for r in (run, whole))
-    assert best.read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -76,7 +52,7 @@ def test_stopped_and_continued(
     read_checkpoint(run / "checkpoints" / "last.ckpt")  # whole
     if status > 0:  # a signal that can be caught saves where it stopped, not at the validation before
         assert read_checkpoint(run / "checkpoints" / "last.ckpt")["lightning_lab"]["completed_steps"] >= step
-    lab("fit", *tiny_args, *OPTIONS, "--ckpt_path=last")
+    lab("fit", *tiny_args, *RESUMED, "--ckpt_path=last")
     assert list(Path("runs").iterdir()) == [run]  # continued in place
     assert_same(run, uninterrupted)
 
@@ -101,7 +77,7 @@ def kept(tiny_args: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     callback = "--trainer.callbacks=tests.acceptance.test_resume.KeepEach"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        lab("fit", *tiny_args, *OPTIONS, "--checkpoint_every_steps=1", callback)
+        lab("fit", *tiny_args, *RESUMED, "--checkpoint_every_steps=1", callback)
     return folder
 
 
@@ -114,7 +90,7 @@ def test_continued_from_any_position(
     run = Path("runs/embedded")
     shutil.copytree(kept / "runs" / "embedded", run)
     shutil.copyfile(kept / "kept" / f"{step}.ckpt", run / "checkpoints" / "last.ckpt")
-    lab("fit", *tiny_args, *OPTIONS, "--ckpt_path=last")
+    lab("fit", *tiny_args, *RESUMED, "--ckpt_path=last")
     assert_same(run, uninterrupted)
 
 
@@ -123,13 +99,13 @@ def test_a_finished_run_is_left_as_it_is(
 ) -> None:
     monkeypatch.chdir(uninterrupted.parents[1])
     before = (uninterrupted / "metrics.csv").read_text()
-    lab("fit", *tiny_args, *OPTIONS, "--ckpt_path=last")
+    lab("fit", *tiny_args, *RESUMED, "--ckpt_path=last")
     assert (uninterrupted / "metrics.csv").read_text() == before
     assert read_checkpoint(uninterrupted / "checkpoints" / "last.ckpt")["lightning_lab"]["completed_steps"] == 26
 
 
 def test_a_second_signal_leaves_at_once(tiny_args: list[str], tmp_path: Path) -> None:
-    process = start("fit", *tiny_args, *OPTIONS, "--trainer.max_epochs=500", "--val_every_steps=1", cwd=tmp_path)
+    process = start("fit", *tiny_args, *RESUMED, "--trainer.max_epochs=500", "--val_every_steps=1", cwd=tmp_path)
     rows = tmp_path / "runs" / "embedded" / "metrics.csv"
     while not (rows.exists() and "\n3," in rows.read_text()):
         assert process.poll() is None, process.communicate()[1]
@@ -165,7 +141,7 @@ def test_another_checkpoint_begins_a_run_of_its_own_that_ends_the_same(
     shutil.copytree(kept / "runs" / "embedded", first)
     shutil.copyfile(kept / "kept" / "14.ckpt", first / "checkpoints" / "14.ckpt")
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
-    lab("fit", *tiny_args, *OPTIONS, "--ckpt_path=runs/embedded/checkpoints/14.ckpt")
+    lab("fit", *tiny_args, *RESUMED, "--ckpt_path=runs/embedded/checkpoints/14.ckpt")
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
     second = Path("runs/embedded-2")
     assert_same(second, uninterrupted)
@@ -180,8 +156,8 @@ def test_the_record_keeps_the_earlier_parts_of_a_run(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(kept / "runs" / "embedded", "runs/embedded")
     shutil.copyfile(kept / "kept" / "25.ckpt", "runs/embedded/checkpoints/last.ckpt")
-    lab("fit", *tiny_args, *OPTIONS, "--ckpt_path=last")
-    lab("fit", *tiny_args, *OPTIONS, "--ckpt_path=last")
+    lab("fit", *tiny_args, *RESUMED, "--ckpt_path=last")
+    lab("fit", *tiny_args, *RESUMED, "--ckpt_path=last")
     environment = json.loads(Path("runs/embedded/environment.json").read_text())
     parts = [*environment["earlier"], environment]
     assert [part["completed_steps"] for part in parts] == [0, 25, 26]

@@ -8,7 +8,7 @@ import torch
 
 from lightning_lab.__main__ import main
 from lightning_lab.data.datamodule import ChatDataModule
-from lightning_lab.models.base import load_tokenizer
+from lightning_lab.data.encoding import load_tokenizer
 from tests.acceptance.conftest import adapter, lab, largest_difference, metrics, train_column, validations
 
 

@@ -109,7 +109,7 @@ def test_the_labs_grid(tmp_path: Path) -> None:
     import yaml
 
     from lightning_lab.configs_lookup import configs_dir
-    from lightning_lab.experiments.sweep import SweepSettings, grid_points
+    from lightning_lab.experiments.points import SweepSettings, grid_points
 
     points = grid_points(SweepSettings(**yaml.safe_load((configs_dir() / "lab_grid.yaml").read_text())["sweep"]))
     for point in points:
@@ -127,5 +127,12 @@ def test_help_is_complete(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    for key in ("--sweep.grid", "--sweep.settings", "--sweep.search", "--sweep.tie", "--sweep.retry_failed"):
+    for key in (
+        "--sweep.grid",
+        "--sweep.settings",
+        "--sweep.search",
+        "--sweep.tie",
+        "--sweep.retry_failed",
+        "--sweep.storage",
+    ):
         assert key in result.stdout

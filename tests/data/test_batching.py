@@ -1,9 +1,11 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_lab.data.batching import StepBatch, collate, epoch_order, pack, share
+from lightning_lab.data.batching import StepBatch, collate, epoch_order, pack, share, split_sizes
+from lightning_lab.errors import LabError
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -60,6 +62,7 @@ def test_collating_by_hand() -> None:
     assert batch.targets.tolist() == [3, 4, 7]
     assert batch.target_documents.tolist() == [0, 0, 1]
     assert (batch.tokens, batch.supervised_tokens) == (7, 3)
+    assert batch.target_counts == (2, 1)
     assert (batch.documents, batch.rows) == ((8, 9), (80, 90))
 
 
@@ -69,3 +72,44 @@ def test_moving_a_step_moves_its_tensors() -> None:
     assert step.micro_batches[0].input_ids.is_meta
     assert step.micro_batches[0].targets.is_meta
     assert step.micro_batches[0].document_lengths == (2,)
+
+
+class TestSplitSizes:
+    @pytest.mark.parametrize(
+        ("split", "rows", "sizes"),
+        [
+            ([12_000, 1_500, 1_500], 15_000, [12_000, 1_500, 1_500]),
+            ([10, 5, 0], 40, [10, 5, 0]),  # counts may leave rows over
+            ([10.0, 5.0, 2.0], 17, [10, 5, 2]),  # YAML's 10.0 is a count
+            ([0.8, 0.1, 0.1], 503, [403, 50, 50]),
+            ([0.7, 0.2, 0.1], 10, [7, 2, 1]),  # in floats these add up to less than 1
+            ([0.1, 0.2, 0.7], 10, [1, 2, 7]),  # and these to more
+            ([0.5, 0.25, 0.25], 11, [5, 3, 3]),  # 2.75 rounds to 3, training takes the rest
+            ([0.5, 0.25, 0.0], 8, [4, 2, 0]),  # a sum below 1 leaves rows over
+            ([0, 0, 1], 7, [0, 0, 7]),
+        ],
+    )
+    def test_sizes(self, split: list[int | float], rows: int, sizes: list[int]) -> None:
+        assert split_sizes(split, rows, "x") == sizes
+
+    @pytest.mark.parametrize(
+        ("split", "message"),
+        [
+            ([1, 2], r"^data\.split is 1/2; give three sizes or three fractions"),
+            ([1, 2, 3, 4], r"^data\.split is 1/2/3/4; give three"),
+            ([10, -1, 2], r"^data\.split is 10/-1/2; give three"),
+            ([0, 0, 0], r"^data\.split is 0/0/0; give three"),
+            ([10, 1.5, 1], r"^data\.split is 10/1\.5/1; counts must be whole numbers"),
+            ([0.9, 0.1, 0.1], r"^data\.split is 0\.9/0\.1/0\.1; counts must be whole numbers, and fractions add up"),
+            ([38, 1, 2], r"asks for 41 rows \(38/1/2\), but here\.jsonl gives 40; lower data\.split, raise data\.rows"),
+        ],
+    )
+    def test_what_cannot_be_split_is_said(self, split: list[int | float], message: str) -> None:
+        with pytest.raises(LabError, match=message):
+            split_sizes(split, 40, "here.jsonl")
+
+    @pytest.mark.parametrize("rows", [3, 7])
+    def test_no_split_is_negative(self, rows: int) -> None:
+        sizes = split_sizes([0, 0.5, 0.5], rows, "x")
+        assert min(sizes) >= 0
+        assert sum(sizes) == rows

@@ -2,17 +2,26 @@
 
 import copy
 import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 
-from lightning_lab.data.conversation import Conversation, Message
-from lightning_lab.data.datamodule import ChatDataModule, Prompt, StepLoader, split_sizes
+from lightning_lab.data.conversation import Conversation, Message, Prompt
+from lightning_lab.data.datamodule import RANGES, ChatDataModule
+from lightning_lab.data.loading import StepLoader, outlive_signals
 from lightning_lab.errors import LabError
 
 SPLIT_SEED, SEED, BATCH_SIZE = 11, 5, 4
@@ -60,6 +69,13 @@ def visited(step: int) -> list[int]:
     return order[4 * within : 4 * within + 4]
 
 
+def at_step(processed: int, limit: float = 1.0) -> Any:
+    """A trainer that has done so many steps."""
+    progress = SimpleNamespace(total=SimpleNamespace(processed=processed))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    return SimpleNamespace(fit_loop=loop, limit_train_batches=limit, global_rank=0, world_size=1)
+
+
 def chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
@@ -69,57 +85,41 @@ def write(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
-class TestSplitSizes:
-    @pytest.mark.parametrize(
-        ("split", "rows", "sizes"),
-        [
-            ([12_000, 1_500, 1_500], 15_000, [12_000, 1_500, 1_500]),
-            ([10, 5, 0], 40, [10, 5, 0]),  # counts may leave rows over
-            ([10.0, 5.0, 2.0], 17, [10, 5, 2]),  # YAML's 10.0 is a count
-            ([0.8, 0.1, 0.1], 503, [403, 50, 50]),
-            ([0.7, 0.2, 0.1], 10, [7, 2, 1]),  # in floats these add up to less than 1
-            ([0.1, 0.2, 0.7], 10, [1, 2, 7]),  # and these to more
-            ([0.5, 0.25, 0.25], 11, [5, 3, 3]),  # 2.75 rounds to 3, training takes the rest
-            ([0.5, 0.25, 0.0], 8, [4, 2, 0]),  # a sum below 1 leaves rows over
-            ([0, 0, 1], 7, [0, 0, 7]),
-        ],
-    )
-    def test_sizes(self, split: list[int | float], rows: int, sizes: list[int]) -> None:
-        assert split_sizes(split, rows, "x") == sizes
-
-    @pytest.mark.parametrize(
-        ("split", "message"),
-        [
-            ([1, 2], r"^data\.split is 1/2; give three sizes or three fractions"),
-            ([1, 2, 3, 4], r"^data\.split is 1/2/3/4; give three"),
-            ([10, -1, 2], r"^data\.split is 10/-1/2; give three"),
-            ([0, 0, 0], r"^data\.split is 0/0/0; give three"),
-            ([10, 1.5, 1], r"^data\.split is 10/1\.5/1; counts must be whole numbers"),
-            ([0.9, 0.1, 0.1], r"^data\.split is 0\.9/0\.1/0\.1; counts must be whole numbers, and fractions add up"),
-            ([38, 1, 2], r"asks for 41 rows \(38/1/2\), but here\.jsonl gives 40; lower data\.split, raise data\.rows"),
-        ],
-    )
-    def test_what_cannot_be_split_is_said(self, split: list[int | float], message: str) -> None:
-        with pytest.raises(LabError, match=message):
-            split_sizes(split, 40, "here.jsonl")
-
-    @pytest.mark.parametrize("rows", [3, 7])
-    def test_no_split_is_negative(self, rows: int) -> None:
-        sizes = split_sizes([0, 0.5, 0.5], rows, "x")
-        assert min(sizes) >= 0
-        assert sum(sizes) == rows
-
-
 class TestSettings:
-    @pytest.mark.parametrize("key", ["batch_size", "micro_batch_tokens", "max_length", "rows"])
+    @pytest.mark.parametrize("key", ["batch_size", "micro_batch_tokens", "eval_micro_batch_tokens", "rows"])
     def test_must_be_at_least_one(self, key: str) -> None:
-        with pytest.raises(LabError, match=rf"^data\.{key} is 0; it must be at least 1"):
+        with pytest.raises(LabError, match=rf"^data\.{key} is 0; it must be between 1 and"):
             ChatDataModule(**{key: 0})
 
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            *(("split_seed", -1), ("split_seed", 1e20), ("split_seed", 2**32), ("seed", -1), ("seed", 2**32)),
+            *(("max_length", 1), ("max_length", math.nan), ("num_workers", -1), ("batch_size", 1e20)),
+            *(("rows", 10**20), ("split", [-1, 2, 3]), ("split", [1e20, 0, 0]), ("micro_batch_tokens", math.inf)),
+        ],
+    )
+    def test_numbers_have_ranges(self, key: str, value: Any) -> None:
+        with pytest.raises(LabError, match=rf"^data\.{key} is [^ ]+; it must be between "):
+            ChatDataModule(**{key: value})
+
+    def test_every_number_has_a_range(self) -> None:
+        hints = typing.get_type_hints(ChatDataModule.__init__)
+        numeric = {key for key, hint in hints.items() if {"int", "float"} & set(re.findall(r"\w+", str(hint)))}
+        assert numeric == set(RANGES)
+        for key, (low, high) in RANGES.items():
+            for value in (low, high):
+                ChatDataModule(**{key: [value] * 3 if key == "split" else int(value)})
+
     def test_workers_may_be_none(self) -> None:
-        with pytest.raises(LabError, match=r"^data\.num_workers is -1; it must be at least 0"):
-            ChatDataModule(num_workers=-1)
         assert ChatDataModule(num_workers=0).num_workers == 0
+
+    def test_hyper_parameters_are_kept(self) -> None:
+        data = ChatDataModule(source="embedded", rows=7, seed=9, micro_batch_tokens="auto")
+        assert (data.hparams["source"], data.hparams["rows"], data.hparams["split"]) == ("embedded", 7, [0.8, 0.1, 0.1])
+        data.micro_batch_tokens = 100
+        assert data.hparams["micro_batch_tokens"] == "auto"
+        assert "seed" not in data.hparams  # the run's
 
     def test_each_stage_has_its_split(self) -> None:
         data = ChatDataModule()
@@ -204,21 +204,25 @@ class TestSplits:
 
 
 class TestSteps:
-    def test_total_steps(self, data: ChatDataModule) -> None:
+    @pytest.mark.parametrize(("limit", "steps"), [(1.0, 5), (0.5, 2), (0.0, 0), (2, 2), (1, 1), (100, 5)])
+    def test_an_epoch_ends_where_the_trainer_says(self, data: ChatDataModule, limit: float, steps: int) -> None:
         assert data.steps_per_epoch == STEPS
-        for epochs, steps, total in [
-            (1, -1, 5),
-            (3, -1, 15),
-            (None, 7, 7),
-            (-1, 7, 7),
-            (2, 7, 7),
-            (2, 10, 10),
-            (1, 100, 5),
-        ]:
-            assert data.total_steps(epochs, steps) == total
-        for epochs in (None, -1):
-            with pytest.raises(LabError, match=r"no end: set trainer\.max_epochs or trainer\.max_steps"):
-                data.total_steps(epochs, -1)
+        data.trainer = at_step(0, limit)
+        assert data.steps_per_epoch == steps
+        assert len(data.train_dataloader()) == STEPS  # Lightning applies the limit to this
+
+    def test_the_next_epoch_has_its_own_order_also_when_epochs_are_cut(self, data: ChatDataModule) -> None:
+        data.trainer = at_step(0, 2)
+        assert [data.step_documents(step) for step in range(4)] == [visited(step) for step in (0, 1, 5, 6)]
+
+    @pytest.mark.parametrize("key", ["micro_batch_tokens", "eval_micro_batch_tokens"])
+    def test_auto_is_for_the_module_to_replace(self, tiny_base: Path, short_chats: Path, key: str) -> None:
+        data = build(tiny_base, short_chats, **{key: "auto"})
+        use = (lambda: data.step_batch(0)) if key == "micro_batch_tokens" else (lambda: data.micro_batches("test"))
+        with pytest.raises(LabError, match=r"^data\.micro_batch_tokens is still auto"):
+            use()
+        setattr(data, key, 150)
+        assert use()
 
     def test_documents_are_a_pure_function_of_seed_and_step(
         self, data: ChatDataModule, tiny_base: Path, short_chats: Path
@@ -226,7 +230,7 @@ class TestSteps:
         torch.manual_seed(0)
         before = torch.get_rng_state()
         for step in (12, 0, 4, 5, 9, 0, 12):
-            data.completed_steps = step * 3  # where the run is does not matter
+            data.trainer = at_step(step * 3)  # where the run is does not matter
             assert data.step_documents(step) == visited(step)
         assert [len(visited(step)) for step in range(6)] == [4, 4, 4, 4, 2, 4]
         assert sorted(d for step in range(5, 10) for d in data.step_documents(step)) == list(range(18))
@@ -298,23 +302,23 @@ class TestLoaders:
 
         loader = data.train_dataloader()
         assert steps_of(loader) == rows(0, 1, 2, 3, 4)
-        data.completed_steps = 3
+        data.trainer = at_step(3)
         assert steps_of(loader) == rows(3, 4)
-        data.completed_steps = 5  # the next epoch, through the same loader
+        data.trainer = at_step(5)  # the next epoch, through the same loader
         assert steps_of(loader) == rows(5, 6, 7, 8, 9)
-        data.completed_steps = 14
+        data.trainer = at_step(14)
         assert steps_of(data.train_dataloader()) == rows(14)
         assert len(loader) == 5
 
     def test_a_loader_has_nothing_of_its_own_to_resume(self, data: ChatDataModule) -> None:
         loader = data.train_dataloader()
         state = loader.state_dict()
-        data.completed_steps = 4
+        data.trainer = at_step(4)
         loader.load_state_dict(state)
         assert len(steps_of(loader)) == 1
 
     def test_workers_give_the_same_batches(self, data: ChatDataModule) -> None:
-        data.completed_steps = 1
+        data.trainer = at_step(1)
         alone = list(data.train_dataloader())
         data.num_workers = 2
         helped = list(data.train_dataloader())
@@ -325,6 +329,46 @@ class TestLoaders:
                 assert x.documents == y.documents
                 for name in ("input_ids", "position_ids", "cu_seqlens", "predicting", "targets", "target_documents"):
                     assert torch.equal(getattr(x, name), getattr(y, name))
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("stop", [3, 5, 7])
+    def test_lightning_resumes_at_the_next_step(
+        self, tiny_base: Path, short_chats: Path, tmp_path: Path, stop: int, workers: int
+    ) -> None:
+        """With the iterator made early, as `configure_optimizers` does by asking for the number of steps."""
+
+        class Module(pl.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.automatic_optimization = False
+                self.weight = torch.nn.Parameter(torch.zeros(()))
+                self.seen: list[tuple[int, ...]] = []
+
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                self.seen.append(batch.rows)
+                self.optimizers().step()
+
+            def on_train_batch_end(self, *_: Any) -> None:
+                if self.global_step == stop:
+                    self.trainer.save_checkpoint(tmp_path / "stop.ckpt")
+
+            def configure_optimizers(self) -> Any:
+                assert self.trainer.estimated_stepping_batches == 10
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def seen(**options: Any) -> list[tuple[int, ...]]:
+            module = Module()
+            quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+            trainer = pl.Trainer(max_epochs=2, accelerator="cpu", enable_checkpointing=False, **quiet)
+            data = build(tiny_base, short_chats, num_workers=workers)
+            data.val_dataloader = lambda: []  # type: ignore[method-assign]
+            trainer.fit(module, datamodule=data, **options)
+            return module.seen
+
+        whole = seen()
+        train = build(tiny_base, short_chats).splits["train"].rows
+        assert whole == [tuple(train[visited(step)].tolist()) for step in range(10)]
+        assert seen(ckpt_path=tmp_path / "stop.ckpt", weights_only=False) == whole[stop:]
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_no_loader_draws_from_the_generator_that_dropout_uses(self, data: ChatDataModule, workers: int) -> None:
@@ -351,31 +395,95 @@ def conversation(*turns: tuple[Any, str]) -> Conversation:
     return Conversation(tuple(Message(role, content) for role, content in turns))
 
 
+WORKERS = """
+import os, signal, subprocess, sys, time
+from torch.utils.data import DataLoader
+from lightning_lab.data.loading import outlive_signals
+
+loader = DataLoader(range(60), batch_size=None, collate_fn=int, num_workers=2, worker_init_fn=outlive_signals)
+numbers = iter(loader)
+found = [next(numbers), next(numbers)]  # one of each worker: both have begun
+if sys.argv[1] == "signals":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+        # by another process: what the run itself sends, the workers obey
+        kill = ["kill", f"-{int(number)}", "--", f"-{os.getpgrp()}"]
+        subprocess.run(kill, check=True, start_new_session=True)
+        time.sleep(0.2)
+    found += numbers
+    assert found == [*range(60)]
+    print("whole")
+else:  # ends in the middle of an epoch, with the iterator in a cycle that is not searched for
+    class Keep: pass
+    keep = Keep()
+    keep.numbers, keep.itself = numbers, keep
+    print("begun")
+"""
+
+
+class TestWorkers:
+    @pytest.mark.parametrize(("case", "said"), [("signals", "whole"), ("exit", "begun")])
+    def test_they_outlive_signals_to_the_group_and_end_with_the_run(self, case: str, said: str) -> None:
+        command = [sys.executable, "-c", WORKERS, case]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+            try:
+                output, _ = process.communicate(timeout=60)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        assert (output, process.returncode) == (f"{said}\n", 0)
+
+    def test_every_loader_with_workers_has_them(self, data: ChatDataModule) -> None:
+        for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+            assert loader.worker_init_fn is outlive_signals
+
+
 class TestPrompts:
     def test_cut_before_the_last_answer(self) -> None:
         turns = (("system", "S"), ("user", "1"), ("assistant", "A"), ("user", "2"), ("assistant", "B"))
         prompt = Prompt.of(7, conversation(*turns))
         assert prompt is not None
         assert (prompt.row, prompt.reference) == (7, "B")
-        assert prompt.prompt == conversation(*turns[:4])
+        assert prompt.conversation == conversation(*turns[:4])
 
     def test_what_follows_the_last_answer_is_left_out(self) -> None:
         prompt = Prompt.of(0, conversation(("user", "1"), ("assistant", "A"), ("user", "2")))
         assert prompt is not None
-        assert prompt.prompt == conversation(("user", "1"))
+        assert prompt.conversation == conversation(("user", "1"))
         assert prompt.reference == "A"
 
     def test_an_answer_to_nothing_is_no_prompt(self) -> None:
         assert Prompt.of(0, conversation(("assistant", "A"))) is None
         assert Prompt.of(0, conversation(("assistant", "A"), ("user", "1"))) is None
 
+    def test_the_first_of_a_split(self, data: ChatDataModule) -> None:
+        prompts = data.first_prompts("validation", 2)
+        assert [prompt.row for prompt in prompts] == data.splits["validation"].rows[:2].tolist()
+        assert len(data.first_prompts("validation", 99)) == 9
+        assert data.first_prompts("validation", 0) == []
+
+    def test_a_batch_by_hand(self, data: ChatDataModule) -> None:
+        """Against transformers' own template and tokenizer."""
+        prompts = data.first_prompts("test", 2)
+        batch = data.prompt_batch(prompts)
+        assert batch.prompts == prompts
+        for prompt, ids in zip(prompts, batch.input_ids, strict=True):
+            turns = [{"role": message.role, "content": message.content} for message in prompt.conversation.messages]
+            text = data.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            assert ids == data.tokenizer(text, add_special_tokens=False)["input_ids"]
+        end = data.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert batch.stop_ids == sorted({end, data.tokenizer.eos_token_id})
+        assert batch.pad_id == data.tokenizer.pad_token_id
+        answers = [data.tokenizer("Yes, it is.")["input_ids"] + [end], [end]]
+        assert batch.texts(answers) == ["Yes, it is.", ""]
+
     def test_of_a_split_in_its_order(self, data: ChatDataModule, short_chats: Path) -> None:
         data.eval_split = "validation"
-        prompts = [prompt for batch in data.predict_dataloader() for prompt in batch]
+        prompts = [prompt for batch in data.predict_dataloader() for prompt in batch.prompts]
         assert [prompt.row for prompt in prompts] == data.splits["validation"].rows.tolist()
         source = [json.loads(line)["conversations"] for line in short_chats.read_text().splitlines()]
         for prompt in prompts:
-            assert prompt.prompt == conversation(("user", source[prompt.row][0]["value"]))
+            assert prompt.conversation == conversation(("user", source[prompt.row][0]["value"]))
             assert prompt.reference == source[prompt.row][1]["value"]
 
     def test_of_another_file_without_reading_the_source(self, tiny_base: Path, tmp_path: Path) -> None:
@@ -386,11 +494,11 @@ class TestPrompts:
         data.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"))
         data.prepare_data()
         data.setup("predict")
-        batches = list(data.predict_dataloader())
+        batches = [batch.prompts for batch in data.predict_dataloader()]
         assert [[prompt.row for prompt in batch] for batch in batches] == [[*range(8)], [8, 9]]
-        assert batches[1][1].prompt == conversation(("user", "question 9"))
+        assert batches[1][1].conversation == conversation(("user", "question 9"))
         assert batches[1][1].reference == "answer 9"
-        assert batches[0][3].prompt == conversation(("user", "question 3"))
+        assert batches[0][3].conversation == conversation(("user", "question 3"))
         assert batches[0][3].reference is None
         with pytest.raises(LabError, match=r"missing\.jsonl"):
             data.setup("test")  # which does read the source
@@ -400,6 +508,18 @@ class TestPrompts:
         data = build(tiny_base, "missing.jsonl", predict_source=str(path), on_bad_row="drop")
         with pytest.raises(LabError, match=r"ask\.jsonl line 2: no 'conversations'"):
             data.predict_dataloader()
+
+
+class TestRowsLeftOut:
+    def test_they_are_said_once(self, tiny_base: Path, short_chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        data = build(tiny_base, short_chats)
+        data.prepare(progress=True)
+        line = "data.rows: the first 40 of 80 rows are used\n"
+        assert capsys.readouterr().err.count(line) == 1
+        data.prepare(progress=False)
+        build(tiny_base, short_chats, rows=80).prepare(progress=True)
+        build(tiny_base, short_chats, rows=None).prepare(progress=True)
+        assert "data.rows" not in capsys.readouterr().err
 
 
 class TestEndOfTurn:

@@ -1,12 +1,12 @@
 import io
 import json
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from lightning_lab.data.encoding import Renderer
 from lightning_lab.data.preview import preview
-from lightning_lab.data.rendering import Renderer
 from lightning_lab.data.sources import Rows
 from lightning_lab.data.tokenized import TokenizedRows, tokenize_rows
 
@@ -21,7 +21,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def rows() -> Rows:
-    return Rows(ROWS, "data.json", "0")
+    return Rows(ROWS, "data.json", "0", len(ROWS))
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,10 @@ def renderer(smollm2_tokenizer: Any) -> Renderer:
 
 
 @pytest.fixture(scope="module")
-def data(rows: Rows, renderer: Renderer, tmp_path_factory: pytest.TempPathFactory) -> TokenizedRows:
-    folder: Path = tmp_path_factory.mktemp("cache")
-    return tokenize_rows(rows, renderer, on_bad_row="drop", cache_dir=folder, progress=False)
+def data(rows: Rows, renderer: Renderer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenizedRows]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield tokenize_rows(rows, renderer, on_bad_row="drop", progress=False)
 
 
 class Terminal(io.StringIO):
@@ -58,7 +59,7 @@ def test_text(data: TokenizedRows, rows: Rows, smollm2_tokenizer: Any) -> None:
         "dropped data.json row 1: no 'conversations', 'messages' or 'instruction' in the row (keys found: text)" in text
     )
     assert text.endswith("micro-batches: 2\nfill: 0.5123\n")
-    assert f"{data.lengths.sum()} tokens, {data.supervised.sum()} learned" in text
+    assert f"{data.lengths.sum()} tokens, {data.supervised.sum()} supervised" in text
     assert "p100 34" in text
 
 
@@ -70,11 +71,12 @@ def test_indices_and_limit(data: TokenizedRows, rows: Rows, smollm2_tokenizer: A
     assert "0 cut at max_length\n" in text
 
 
-def test_boundary_shifts_are_counted(smollm2_tokenizer: Any, renderer: Renderer, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("data")  # its cache
+def test_boundary_shifts_are_counted(smollm2_tokenizer: Any, renderer: Renderer) -> None:
     """Of the rows that are kept, by comparing with the whole text tokenised at once."""
     answers = ["plain", "\n\nbegins with empty lines", None, " begins with a space", "\n", "x" * 9]
-    rows = Rows([{"instruction": "q", "output": answer} for answer in answers], "data.json", "1")
-    data = tokenize_rows(rows, renderer, on_bad_row="drop", cache_dir=tmp_path, progress=False)
+    rows = Rows([{"instruction": "q", "output": answer} for answer in answers], "data.json", "1", 6)
+    data = tokenize_rows(rows, renderer, on_bad_row="drop", progress=False)
     backend = smollm2_tokenizer.backend_tokenizer
     shifted = []
     for i, answer in enumerate(answers):

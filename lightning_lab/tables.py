@@ -1,0 +1,84 @@
+"""Tables and text as Markdown: columns that line up in a terminal, and nothing in a name that is taken for markup."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+NONE = "–"
+# Emphasis, code, HTML, entities, links, and what begins a heading, a list or a quotation. An underscore within a word
+# is none of these.
+MARKUP = re.compile(r"[\\*<]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|\](?=[(\[:])|^(?=>|~~~|[-+#]+(?:\s|$))")
+
+
+class Best(str):
+    """A cell to mark."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown.
+
+    Attributes:
+        columns: Headings.
+        rows: Cells, as many in a row as there are headings.
+        text: Headings of the columns that are aligned left; the others hold numbers.
+        padded: Whether columns line up; else as ``losses.md`` is written.
+
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text: Collection[str] = ()
+    padded: bool = True
+
+    def markdown(self, *, marked: bool = False) -> str:
+        """Markdown without a last line's end; `Best` cells are bold where ``marked``."""
+        lines = [[_cell(cell, marked) for cell in row] for row in (self.columns, *self.rows)]
+        left = [column in self.text for column in self.columns]
+        widths = [max(3, *map(len, column)) if self.padded else 0 for column in zip(*lines, strict=True)]
+        dashes = [width + 2 if self.padded else 4 for width in widths]
+        rule = ["-" * n if is_left else "-" * (n - 1) + ":" for n, is_left in zip(dashes, left, strict=True)]
+        aligned = [
+            [
+                f" {cell.ljust(width) if is_left else cell.rjust(width)} " if cell or width else " "
+                for cell, width, is_left in zip(line, widths, left, strict=True)
+            ]
+            for line in lines
+        ]
+        return "\n".join(f"|{'|'.join(line)}|" for line in (aligned[0], rule, *aligned[1:]))
+
+
+def numbers(
+    values: Sequence[float | None],
+    form: str,
+    best: Callable[[Sequence[float]], float] | None = None,
+    missing: str = NONE,
+) -> list[str]:
+    """Cells of numbers.
+
+    Args:
+        values: The numbers.
+        form: As in a format string.
+        best: Such as ``min``: which of the finite numbers is marked, with its equals, where there are several.
+        missing: The cell of a number that is None.
+
+    """
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    chosen = best(finite) if best and len(finite) > 1 else None
+    cells = [missing if value is None else f"{value:{form}}" for value in values]
+    return [Best(c) if value is not None and value == chosen else c for c, value in zip(cells, values, strict=True)]
+
+
+def escape(text: str) -> str:
+    """Text on one line whose characters Markdown shows as they are; what stands between backticks is code."""
+    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
+    line = "".join(part if place % 2 else MARKUP.sub(r"\\\g<0>", part) for place, part in enumerate(parts))
+    return re.sub(r"^(\d+)(?=[.)](?:\s|$))", r"\1\\", line)  # no numbered list
+
+
+def _cell(text: str, marked: bool) -> str:
+    cell = escape(text).replace("|", "\\|")
+    return f"**{cell}**" if marked and isinstance(text, Best) else cell

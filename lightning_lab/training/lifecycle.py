@@ -1,0 +1,294 @@
+"""How a module comes to life and is continued: `auto`, the base with its adapters, checkpoints, an exact resume."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_lab.data.datamodule import ChatDataModule
+from lightning_lab.errors import LabError
+from lightning_lab.hub import model_folder, revision_of, weights_fingerprint
+from lightning_lab.models.attention import has_varlen_kernel, register_document_attention
+from lightning_lab.models.base import load_base, resolve_compute_dtype
+from lightning_lab.models.qlora import (
+    adapter_state,
+    add_adapters,
+    compile_layers,
+    enable_checkpointing,
+    load_adapter_state,
+)
+from lightning_lab.training import resume
+from lightning_lab.training.auto import choose
+from lightning_lab.training.optim import LossScale
+from lightning_lab.training.refusals import refuse_on_device, refuse_trainer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class Lifecycle(pl.LightningModule):
+    """All of `QLoRAModule` but its step and its evaluation.
+
+    Attributes:
+        checkpointing: The mode in use; what ``auto`` stands for once the trainer has set the module up.
+        evaluate_base: Evaluation and prediction leave the adapters out.
+        completed_steps: Optimizer steps of the run so far; after a checkpoint was loaded, those behind its adapter.
+        total_steps: Optimizer steps of the whole run.
+        validation_pending: The checkpoint was saved between a step and its validation, which `fit` then begins with.
+        loss_scale: Of float16.
+
+    """
+
+    checkpointing: str
+    compute_dtype: torch.dtype
+    varlen: bool
+    base_revision: str | None
+    base_weights: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: PeftModel | None = None
+        self.evaluate_base = False
+        self.completed_steps = 0
+        self.total_steps = 0
+        self.validation_pending = False
+        self.loss_scale = LossScale()
+        self._validated_step = 0
+        self._resumed: Mapping[str, Any] = {}  # our own part of the checkpoint that `fit` continues from
+
+    @property
+    def settings(self) -> Any:
+        """The constructor's arguments by name, as Lightning keeps them in ``hparams``."""
+        return self.hparams
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, stage: str) -> None:
+        refuse_trainer(self.trainer)
+        if stage == "fit":  # a resumed run's position is loaded after this
+            if self.trainer.limit_train_batches == 0:
+                raise LabError("trainer.limit_train_batches is 0, which leaves nothing to train on")
+            self.completed_steps = self._validated_step = 0
+            self.validation_pending, self.loss_scale, self._resumed = False, LossScale(), {}
+        self._choose_auto(training=stage == "fit")
+
+    def _choose_auto(self, training: bool) -> None:
+        """Put numbers in the place of ``auto``, before any weight is loaded; rank 0 chooses for all.
+
+        A continued run takes over what its checkpoint says, since with dropout the cut into micro-batches is a part of
+        the result.
+        """
+        data = self._chat_data
+        asked = ["model.checkpointing"] * (self.checkpointing == "auto")
+        budgets = ("micro_batch_tokens", "eval_micro_batch_tokens")
+        asked += [f"data.{key}" for key in budgets if data and getattr(data, key) == "auto"]
+        if not asked:
+            return
+        if data is None:
+            raise LabError("model.checkpointing: auto needs a ChatDataModule to choose for; name a mode")
+        chosen: dict[str, Any] | None = None
+        if self.trainer.is_global_zero:
+            device, processes = self.trainer.strategy.root_device, self.trainer.num_devices
+            chosen = choose(self.hparams, data.hparams, device, processes, training=training)
+            print(f"auto: {', '.join(f'{key} {chosen[key]}' for key in asked)}", file=sys.stderr)
+        chosen = self.trainer.strategy.broadcast(chosen)
+        assert chosen is not None
+        self._take_choice(chosen)
+
+    def _is_auto(self, key: str) -> bool:
+        section, _, name = key.partition(".")
+        settings = self.hparams if section == "model" else getattr(self._chat_data, "hparams", {})
+        return settings.get(name) == "auto"
+
+    def _take_choice(self, chosen: Mapping[str, Any]) -> None:
+        self.checkpointing = chosen["model.checkpointing"]
+        if data := self._chat_data:
+            data.micro_batch_tokens = chosen["data.micro_batch_tokens"]
+            data.eval_micro_batch_tokens = chosen["data.eval_micro_batch_tokens"]
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What `auto` stands for in this run, by config key; also what was never `auto`."""
+        data = self._chat_data
+        return {
+            "model.checkpointing": self.checkpointing,
+            "data.micro_batch_tokens": data.micro_batch_tokens if data else None,
+            "data.eval_micro_batch_tokens": data.eval_micro_batch_tokens if data else None,
+        }
+
+    @override
+    def configure_model(self) -> None:
+        """Load the quantised base and add the adapters; does nothing the second time."""
+        if self.model is not None:
+            return
+        settings, device = self.settings, self._root_device
+        self.compute_dtype = resolve_compute_dtype(settings.compute_dtype, device)
+        self.varlen = has_varlen_kernel(device, self.compute_dtype)
+        refuse_on_device(settings, self.checkpointing, device, self.varlen)
+        folder = model_folder(settings.base, weights=True, revision=settings.revision)
+        self.base_revision, self.base_weights = revision_of(folder), weights_fingerprint(folder)
+        base = load_base(
+            settings.base,
+            revision=self.base_revision,
+            bits=settings.bits,
+            compute_dtype=self.compute_dtype,
+            device=device,
+            attn_implementation=register_document_attention(),
+        )
+        keys = ("r", "alpha", "dropout", "target_modules", "rslora", "dora", "seed")
+        self.model = add_adapters(base, **{key: settings[key] for key in keys}, fused=settings.fused_linear)
+        enable_checkpointing(self.model, self.checkpointing)
+        if settings.cache_dequantised:
+            from lightning_lab.models.fused_linear import keep_dequantised_weights
+
+            keep_dequantised_weights(self.model, self.compute_dtype)
+        if settings.compile:
+            compile_layers(self.model)
+        self.model.train()
+        # Under DDP nothing but the adapters is anybody's to send: the base is the same everywhere and frozen, and
+        # processes run unequal numbers of micro-batches, so that a broadcast of buffers in each pass would hang.
+        frozen = [n for n, w in self.named_parameters() if not w.requires_grad] + [n for n, _ in self.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The model with its adapters, once :meth:`configure_model` has run."""
+        assert self.model is not None, "configure_model has not run"
+        return self.model
+
+    @property
+    def _chat_data(self) -> ChatDataModule | None:
+        data = getattr(self._attached, "datamodule", None)
+        return data if isinstance(data, ChatDataModule) else None
+
+    @property
+    def _source(self) -> str:
+        data = self._chat_data
+        return data.source if data else "the loader"
+
+    @property
+    def _attached(self) -> pl.Trainer | None:
+        try:
+            return self.trainer
+        except RuntimeError:  # the module stands alone, as after load_from_checkpoint
+            return None
+
+    @property
+    def _root_device(self) -> torch.device:
+        """Where the base goes: the trainer's device; without one the first GPU, if there is any."""
+        if self._attached:
+            return self._attached.strategy.root_device
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+    def trainable(self) -> list[Tensor]:
+        """The adapters' weights, in a fixed order."""
+        return [parameter for parameter in self.peft_model.parameters() if parameter.requires_grad]
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapter alone, never the base."""
+        return adapter_state(self.peft_model)
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
+        """Load an adapter; demands exactly its keys and shapes."""
+        self.configure_model()
+        load_adapter_state(self.peft_model, dict(state_dict))
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add position, loss scale and RNG, in types that ``weights_only`` loading takes."""
+        checkpoint[resume.KEY] = {
+            "version": resume.VERSION,
+            "completed_steps": self.completed_steps,
+            "total_steps": self.total_steps,
+            "steps_per_epoch": float(self.trainer.num_training_batches),
+            "validation_pending": self.validation_due and self._validated_step != self.completed_steps,
+            "loss_scale": vars(self.loss_scale).copy(),
+            "chosen": self.chosen,
+            "weights": self.base_weights,
+            "revision": self.base_revision,
+            "facts": self._facts(),
+            "data": resume.data_identity(self._chat_data),
+            "rng": resume.rng_states(self),
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take position, loss scale and RNG back; the RNG is set when training starts.
+
+        Raises:
+            LabError: The adapter, or for `fit` the run, was made under other settings.
+
+        """
+        self.configure_model()
+        resume.check_adapter(checkpoint, self.hparams, self.base_weights)
+        state, data = checkpoint[resume.KEY], self._chat_data
+        self.completed_steps = state["completed_steps"]
+        command = self._attached.state.fn if self._attached else None
+        if command in ("validate", "test") and data is not None:
+            resume.check_split(checkpoint.get("datamodule_hyper_parameters", {}), data.hparams)
+        if command != "fit":
+            return
+        resume.check_run(checkpoint, self.hparams, data, self._facts())
+        resume.check_processes(state["rng"], self.trainer.world_size, self.settings.dropout)
+        self._take_choice(self.chosen | {k: v for k, v in state["chosen"].items() if self._is_auto(k)})
+        enable_checkpointing(self.peft_model, self.checkpointing)
+        self.loss_scale = LossScale(**state["loss_scale"])
+        self.validation_pending, self._resumed = state["validation_pending"], state
+
+    def _facts(self) -> dict[str, Any]:
+        """What a continued run must agree with besides the settings, by its name in messages."""
+        data = self._chat_data
+        return {
+            "model.compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+            "seed_everything": self.settings.seed,
+            "the order's seed (data.seed)": data.seed if data else None,
+        }
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether a validation follows the last completed step, as Lightning decides it."""
+        trainer, done = self.trainer, self.completed_steps
+        if not done or not trainer.enable_validation:
+            return False
+        every_epochs, every = trainer.check_val_every_n_epoch, trainer.val_check_batch
+        epoch, within = divmod(done - 1, trainer.num_training_batches)  # of an endless loader the first, all its steps
+        if every_epochs is not None and (epoch + 1) % every_epochs:
+            return False
+        counted = done if every_epochs is None else within + 1
+        return done >= self.total_steps or (every is not None and counted % every == 0)  # None: by the clock
+
+    @override
+    def on_fit_start(self) -> None:
+        """Let a run whose last step is done but not validated begin: Lightning ends at once at ``max_steps``."""
+        if self.validation_pending and self.completed_steps >= self.total_steps:
+            self.trainer.fit_loop.epoch_loop.max_steps += 1 if self.trainer.max_steps >= 0 else 0
+
+    @override
+    def on_train_start(self) -> None:
+        """Restore the RNG after all that might have drawn from it; make up for a validation that was cut short."""
+        if len(self._resumed.get("rng", [])) == self.trainer.world_size:
+            resume.set_rng_state(self._resumed["rng"][self.trainer.global_rank], self.device)
+        if self.validation_pending:
+            if self.completed_steps >= self.total_steps and self.trainer.max_steps >= 0:
+                self.trainer.fit_loop.epoch_loop.max_steps -= 1  # see on_fit_start
+            validation = self.trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting = False  # from its first batch, whatever the one before it had counted
+            self.trainer.validating = True
+            validation.run()
+            self.trainer.training = True
+            self.validation_pending = False
+        stopped = (c.wait_count >= c.patience for c in self.trainer.early_stopping_callbacks)
+        if self.completed_steps >= self.total_steps or any(stopped):
+            self.trainer.should_stop = True

@@ -1,0 +1,112 @@
+"""Settings that cannot be honoured: an error that names the key and the remedy, never a warning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from lightning_lab.errors import LabError
+from lightning_lab.models.qlora import uses_fused_linear
+
+RANGES = {
+    "lr": (1e-30, 1e3),
+    "r": (1, 65_536),
+    "alpha": (1, 1_000_000),
+    "dropout": (0.0, 0.999),
+    "weight_decay": (0.0, 1e3),
+    "betas": (0.0, 1 - 1e-9),
+    "eps": (1e-30, 1.0),
+    "warmup_steps": (0, 10**9),
+    "max_grad_norm": (1e-12, 1e12),
+    "max_new_tokens": (1, 1_000_000),
+    "temperature": (0.0, 1e3),
+    "seed": (0, 2**32 - 1),
+}
+# Trainer settings that something here replaces, and what to set instead.
+REPLACED = {
+    "precision": "model.compute_dtype alone decides the precision",
+    "accumulate_grad_batches": "a batch is one optimizer step: set data.batch_size (and data.micro_batch_tokens)",
+    "gradient_clip_val": "set model.max_grad_norm",
+    "min_epochs": "set trainer.max_epochs or early_stopping",
+    "min_steps": "set trainer.max_steps or early_stopping",
+    "overfit_batches": "set data.rows, or trainer.limit_train_batches",
+}
+
+
+def refuse_trainer(trainer: pl.Trainer) -> None:
+    """Refuse a trainer whose settings would be ignored or would break a definition.
+
+    Raises:
+        LabError: Names the setting and what to set instead.
+
+    """
+    found = {
+        "precision": trainer.precision not in ("32-true", "32"),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
+        "gradient_clip_val": bool(trainer.gradient_clip_val),
+        "min_epochs": bool(trainer.min_epochs and trainer.min_epochs > 1),
+        "min_steps": bool(trainer.min_steps),
+        "overfit_batches": bool(getattr(trainer, "overfit_batches", 0)),
+    }
+    for key, refused in found.items():
+        if refused:
+            raise LabError(f"trainer.{key} is not used here: {REPLACED[key]}")
+    if trainer.world_size > 1 and getattr(trainer._accelerator_connector, "use_distributed_sampler", False):
+        raise LabError(
+            "several processes need Trainer(use_distributed_sampler=False): the data module shares out each step itself"
+        )
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise LabError(f"trainer.strategy {type(strategy).__name__} is not supported; use auto or ddp")
+    if strategy.root_device.type not in ("cpu", "cuda"):  # bitsandbytes and this package are tried on nothing else
+        raise LabError(f"trainer.accelerator {strategy.root_device.type} is not supported; use cpu or cuda")
+
+
+def refuse_combinations(settings: Any) -> None:
+    """Refuse the module's settings that exclude each other.
+
+    Raises:
+        LabError: Names the keys.
+
+    """
+    fused = "set model.fused_linear to true, model.dropout to 0 and model.dora to false"
+    if settings.compile and not uses_fused_linear(settings):
+        raise LabError(
+            f"model.compile needs the fused linear: {fused}, model.bits to 4 or 16, or model.compile to false"
+        )
+    if settings.cache_dequantised and not (settings.bits == 4 and uses_fused_linear(settings)):
+        raise LabError(
+            f"model.cache_dequantised is for the fused linear on a 4-bit base: {fused}, model.bits to 4, or "
+            "model.cache_dequantised to false"
+        )
+    if settings.compile and settings.checkpointing == "offload":
+        raise LabError(
+            "model.checkpointing: offload cannot be compiled; set model.compile to false, or use full or selective"
+        )
+
+
+def refuse_on_device(settings: Any, checkpointing: str, device: torch.device, varlen: bool) -> None:
+    """Refuse the module's settings that the device cannot honour.
+
+    Args:
+        settings: The module's.
+        checkpointing: What ``auto`` stands for.
+        device: Where the model goes.
+        varlen: Whether it has variable-length attention.
+
+    Raises:
+        LabError: Names the key.
+
+    """
+    if settings.compile and device.type == "cuda" and not varlen:
+        raise LabError(
+            "model.compile needs variable-length attention, which this GPU or model.compute_dtype does not have "
+            "(compute capability 8.0 and 16 bits); set model.compile to false"
+        )
+    if checkpointing == "offload" and device.type != "cuda":
+        raise LabError(
+            "model.checkpointing: offload moves activations from a GPU to the host; this run is on a CPU, use full"
+        )
