@@ -44,7 +44,7 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file whole or not at all, on the disk when this returns, also beside another process that writes it.
 
     Raises:

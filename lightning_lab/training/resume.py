@@ -198,8 +198,12 @@ class CheckpointFile(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        content = buffer.getvalue()[:-2] + _LENGTH.to_bytes(2, "little")
-        write_whole(Path(path), content + _PREFIX + hashlib.sha256(content).hexdigest().encode())
+        with buffer.getbuffer() as content:  # in place: a checkpoint is held once
+            content[-2:] = _LENGTH.to_bytes(2, "little")
+            comment = _PREFIX + hashlib.sha256(content).hexdigest().encode()
+        buffer.seek(0, io.SEEK_END)
+        buffer.write(comment)
+        write_whole(Path(path), buffer.getbuffer())
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
