@@ -77,7 +77,14 @@ def test_a_key_of_a_megabyte_is_not_repeated_whole(tiny_args: list[str], capsys:
 
 
 @pytest.mark.parametrize("command", ["plan", "preview", "fit"])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_out_of_memory_is_one_line_in_any_command(
     command: str,
     error: BaseException,

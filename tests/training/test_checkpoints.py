@@ -1,11 +1,17 @@
 """Best checkpoints: written before the last one, so that a kill in between is made up for on resume."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from lightning_lab.errors import LabError
 from lightning_lab.files import check_sums
+from lightning_lab.training.callbacks.checkpoints import Checkpoints
 from lightning_lab.training.resume import KEY, read_checkpoint
 from tests.acceptance.conftest import lab
 
@@ -36,3 +42,14 @@ def test_an_earlier_best_stays(runs: Path, args: list[str]) -> None:
     lab("fit", *args, "--run_dir=worse", "--ckpt_path=last", *options)
     assert (checkpoints / "best.ckpt").read_bytes() == best
     assert all(torch.equal(value, adapter[name]) for name, value in peft_weights(checkpoints / "best").items())
+
+
+def test_a_full_disk_while_the_best_is_exported_names_the_place(tmp_path: Path) -> None:
+    """safetensors has a word of its own for it, which is no OSError."""
+
+    def full(*args: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    module: Any = SimpleNamespace(peft_model=SimpleNamespace(save_pretrained=full))
+    with pytest.raises(LabError, match=r"checkpoints/\.best\.tmp: cannot be written \(.*No space left"):
+        Checkpoints(tmp_path)._export_best(module)
