@@ -3,15 +3,14 @@
 import errno
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
 
 from lightning_lab.errors import LabError
+from lightning_lab.signals import listen
 
 COMMANDS = {
     "fit": "train: lightning_lab fit --config lr3e-4_r32.yaml",
@@ -71,11 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         return report(argv[1:])
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Unbreakable(sys.stdout), _Unbreakable(sys.stderr)
-    # one that is ignored stays so: that is what nohup asks for
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []  # no other may set handlers
-    previous = {number: signal.signal(number, lambda received, _: sys.exit(128 + received)) for number in numbers}
+    stop_listening = listen(lambda received, _: sys.exit(128 + received))
     try:
         from lightning_lab.cli import run
 
@@ -83,8 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         return _in_one_line(command, lambda: run(command, argv[1:]))
     finally:
         sys.stdout, sys.stderr = streams
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        stop_listening()
 
 
 def _in_one_line(command: str, function: Callable[[], int]) -> int:

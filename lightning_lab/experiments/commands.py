@@ -12,9 +12,9 @@ from pathlib import Path
 from types import FrameType
 
 from lightning_lab.errors import LabError
+from lightning_lab.signals import SIGNALS, listen
 
 POLL_S = 0.25
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StoppedError(Exception):
@@ -43,14 +43,11 @@ class Commands:
     @contextmanager
     def passing_signals_on(self) -> Iterator[None]:
         """Pass the first signal on to the command, which saves and leaves; leave at once on a second."""
-        # one that is ignored stays so: that is what nohup asks for
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        previous = {number: signal.signal(number, self._on_signal) for number in heard}
+        stop_listening = listen(self._on_signal)
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            stop_listening()
 
     def leave_if_signalled(self) -> None:
         """Raise StoppedError once a signal has come."""

@@ -15,8 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -31,10 +31,10 @@ from typing_extensions import override
 from lightning_lab.errors import LabError
 from lightning_lab.files import sync_directory, write_sums
 from lightning_lab.rundir import CHECKPOINTS
+from lightning_lab.signals import listen
 from lightning_lab.training.module import QLoRAModule
 from lightning_lab.training.resume import CheckpointFile
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVE_SECONDS = 60.0
 OTHERS_SECONDS = 5.0  # until processes that this one has started are killed when it fails
 
@@ -60,7 +60,7 @@ class Checkpoints(Checkpoint):
         self._nothing_unsaved = False
         self._received: int | None = None
         self._trainer: pl.Trainer
-        self._previous_handlers: dict[int, Any] = {}
+        self._stop_listening: Callable[[], None] = lambda: None
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -74,7 +74,8 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not (self.directory / "best.ckpt").exists():  # the best so far stayed in the run it was taken from
             self.best_loss = math.inf
-        self._listen()  # not earlier: Lightning puts a SIGTERM handler of its own in place after on_fit_start
+        # not earlier: Lightning puts a SIGTERM handler of its own in place after on_fit_start
+        self._stop_listening = listen(self._on_signal)
         if _position(pl_module) == 0:
             self._save(trainer)
         self._saved_at, self._nothing_unsaved = time.monotonic(), True
@@ -175,18 +176,6 @@ class Checkpoints(Checkpoint):
         shutil.rmtree(old, ignore_errors=True)
 
     # -- signals -------------------------------------------------------------------------------------------------
-
-    def _listen(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # only the main thread may set handlers
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # one that is ignored stays so: that is what nohup asks for
-                self._previous_handlers[number] = signal.signal(number, self._on_signal)
-
-    def _stop_listening(self) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        self._previous_handlers = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
