@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 from lightning_lab.models.base import locate
+
+# A shell's background job ignores Ctrl-C, and every process that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
