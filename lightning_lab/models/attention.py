@@ -46,13 +46,11 @@ def attention_operators() -> list[torch._ops.OpOverload]:
     """The operators that :func:`document_attention` comes down to on any device, for selective checkpointing."""
     import torch.nn.attention.varlen  # registers its operator
 
-    aten = torch.ops.aten
     return [
         torch.ops.lightning_lab.cpu_document_attention.default,
         torch.ops.torch_attn._varlen_attn.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
+        # all that is left where there is no variable-length kernel, in float32 or before sm80
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
     ]
 
 
