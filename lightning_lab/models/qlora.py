@@ -96,7 +96,6 @@ def add_adapters(
         target_modules=list(target_modules),
         use_rslora=rslora,
         use_dora=dora,
-        bias="none",
     )
     if fused and not dora:
         from bitsandbytes.nn import Linear4bit
