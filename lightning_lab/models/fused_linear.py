@@ -13,44 +13,48 @@ the ones they stand in for.
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
-import bitsandbytes as bnb
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class NF4(NamedTuple):
-    """A doubly quantised NF4 weight as plain tensors (arXiv:2305.14314; the layout is that of bitsandbytes).
+class Weight(NamedTuple):
+    """A frozen weight as plain tensors: as it is, or doubly quantised NF4 (arXiv:2305.14314, bitsandbytes' layout).
 
     Attributes:
-        tensors: The weight, uint8, two values a byte; each block's scale, ``[blocks]`` uint8, quantised itself; what
-            its codes stand for, ``[256]`` float32; the scales of the scales, ``[blocks of blocks]`` float32; and their
-            offset, float32 scalar.
-        sizes: ``out_features``, ``in_features``, values that share a scale, scales that share a scale.
+        tensors: ``[out_features, in_features]``. Of NF4: the weight, uint8, two values a byte; each block's scale,
+            ``[blocks]`` uint8, quantised itself; what its codes stand for, ``[256]`` float32; the scales of the scales,
+            ``[blocks of blocks]`` float32; and their offset, float32 scalar.
+        sizes: None. Of NF4: ``out_features``, ``in_features``, values that share a scale, scales that share a scale.
 
     """
 
     tensors: Sequence[Tensor]
-    sizes: Sequence[int]
+    sizes: Sequence[int] = ()
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "NF4 | None":
-        """Read a bitsandbytes layer; None where it is not doubly quantised NF4 (or repacked for inference)."""
-        state = getattr(layer.weight, "quant_state", None)
+    def of(cls, layer: nn.Module) -> "Weight | None":
+        """Read a layer; None where it is neither ``nn.Linear`` nor in doubly quantised NF4 (not repacked)."""
+        weight = cast(Tensor, layer.weight)
+        if type(layer) is nn.Linear:
+            return cls((weight,))
+        state = getattr(weight, "quant_state", None)
         if state is None or not state.nested or state.quant_type != "nf4":
             return None
-        if getattr(state, "packing_format_for_cpu", False):
+        if getattr(state, "packing_format_for_cpu", False):  # for inference, in place
             return None
-        inner, packed = state.state2, cast(Tensor, layer.weight).data
+        inner = state.state2
         return cls(
-            (packed, state.absmax, inner.code, inner.absmax, state.offset),
+            (weight.data, state.absmax, inner.code, inner.absmax, state.offset),
             (*state.shape, state.blocksize, inner.blocksize),
         )
 
 
 def dequantise(tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return an `NF4` weight as ``[out_features, in_features]`` in ``dtype``, by bitsandbytes' own kernels."""
+    """Return a `Weight` as ``[out_features, in_features]``; NF4 in ``dtype``, by bitsandbytes' own kernels."""
+    if not sizes:
+        return tensors[0]
     packed, absmax, absmax_code, absmax_absmax, absmax_offset = tensors
     *shape, blocksize, absmax_blocksize = sizes
     absmax = torch.ops.bitsandbytes.dequantize_blockwise(
@@ -59,7 +63,7 @@ def dequantise(tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dty
     return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax + absmax_offset, blocksize, "nf4", shape, dtype)
 
 
-def qlora_linear(x: Tensor, weight: NF4 | Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def qlora_linear(x: Tensor, weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``x W^T + scale (x A^T) B^T``, differentiable with respect to ``x``, ``a`` and ``b``.
 
     Args:
@@ -74,8 +78,7 @@ def qlora_linear(x: Tensor, weight: NF4 | Tensor, a: Tensor, b: Tensor, scale: f
 
     """
     rows = x.reshape(-1, x.shape[-1])
-    tensors, sizes = weight if isinstance(weight, NF4) else ((weight,), ())
-    return _QLoRALinear.apply(rows, a, b, scale, sizes, *tensors).reshape(*x.shape[:-1], b.shape[0])
+    return _QLoRALinear.apply(rows, a, b, scale, weight.sizes, *weight.tensors).reshape(*x.shape[:-1], b.shape[0])
 
 
 class _QLoRALinear(torch.autograd.Function):
@@ -86,7 +89,7 @@ class _QLoRALinear(torch.autograd.Function):
         # Not part of the operator: when a compiled layer is recomputed, its last linear's y is needed no more, only xa.
         xa = x @ a.to(x.dtype).T
         multiply = _multiply_op if torch.compiler.is_compiling() else _multiply
-        y = multiply(x, xa, b, scale, sizes, weight)
+        y = multiply(x, weight, sizes, True, xa, b.T, scale)
         ctx.save_for_backward(x, xa, a, b, *weight)
         ctx.scale, ctx.sizes = scale, sizes
         return y
@@ -100,43 +103,28 @@ class _QLoRALinear(torch.autograd.Function):
         db = _product_in_float32(dy.T, xa).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
         dx = None
         if ctx.needs_input_grad[0]:
-            input_gradient = _input_gradient_op if torch.compiler.is_compiling() else _input_gradient
-            dx = input_gradient(dy, dy_b, a, ctx.scale, ctx.sizes, weight)
+            multiply = _multiply_op if torch.compiler.is_compiling() else _multiply
+            dx = multiply(dy, weight, ctx.sizes, False, dy_b, a, ctx.scale)
         return dx, da, db, None, None, *(None for _ in weight)
 
 
-def _multiply(x: Tensor, xa: Tensor, b: Tensor, scale: float, sizes: Sequence[int], weight: Sequence[Tensor]) -> Tensor:
-    """``x W^T + scale xa B^T``."""
-    y = x @ _full(weight, sizes, x.dtype).T
-    return y.addmm_(xa, b.to(x.dtype).T, alpha=scale)
-
-
-def _input_gradient(
-    dy: Tensor, dy_b: Tensor, a: Tensor, scale: float, sizes: Sequence[int], weight: Sequence[Tensor]
+def _multiply(
+    x: Tensor, weight: Sequence[Tensor], sizes: Sequence[int], forward: bool, low: Tensor, factor: Tensor, scale: float
 ) -> Tensor:
-    """``dy W + scale (dy B) A``."""
-    dx = dy @ _full(weight, sizes, dy.dtype)
-    return dx.addmm_(dy_b, a.to(dy.dtype), alpha=scale)
+    """``x W^T + scale low factor`` in a forward pass, in a backward pass W itself; ``factor`` is in float32."""
+    w = dequantise(weight, sizes, x.dtype)
+    y = x @ (w.T if forward else w)
+    return y.addmm_(low, factor.to(x.dtype), alpha=scale)
 
 
 # For torch.compile: it would see that W is dequantised twice and keep it from the forward pass, and copy each result
 # before adding to it.
 _multiply_op = torch.library.custom_op("lightning_lab::qlora_linear", _multiply, mutates_args=())
-_input_gradient_op = torch.library.custom_op("lightning_lab::qlora_input_gradient", _input_gradient, mutates_args=())
 
 
 @_multiply_op.register_fake
-def _(x: Tensor, xa: Tensor, b: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape[0], b.shape[0])
-
-
-@_input_gradient_op.register_fake
-def _(dy: Tensor, dy_b: Tensor, a: Tensor, *_: Any) -> Tensor:
-    return dy.new_empty(dy.shape[0], a.shape[1])
-
-
-def _full(weight: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return dequantise(weight, sizes, dtype) if sizes else weight[0]
+def _(x: Tensor, weight: Any, sizes: Any, forward: bool, low: Tensor, factor: Tensor, scale: float) -> Tensor:
+    return x.new_empty(x.shape[0], factor.shape[1])
 
 
 def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -153,13 +141,13 @@ def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
 class _Fused:
     """Takes the plain case of a PEFT layer: one adapter, not merged, without dropout or a variant such as DoRA."""
 
-    # Of a 4-bit base: torch.compile cannot read it from bitsandbytes' parameter class. Or dequantised, to be kept so.
-    plain_weight: NF4 | Tensor | None = None
+    plain_weight: Weight | None = None  # see `keep_weights`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = cast(Any, self)
-        active = layer.active_adapters
-        # one token a row is decoding, for which bitsandbytes has kernels that read the 4 bits directly
+        base, active = layer.get_base_layer(), layer.active_adapters
+        # one token a row is decoding, for which bitsandbytes has kernels that read the 4 bits directly; a 4-bit weight
+        # is dequantised to the input's dtype, another must have it
         if (
             args
             or kwargs
@@ -171,14 +159,10 @@ class _Fused:
             or (layer.training and not isinstance(layer.lora_dropout[active[0]], nn.Identity))
             or torch.is_autocast_enabled(x.device.type)
             or x.shape[-2] == 1
+            or base.bias is not None
+            or (weight := layer.plain_weight or Weight.of(base)) is None
+            or not (weight.sizes or weight.tensors[0].dtype == x.dtype)
         ):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        base = layer.get_base_layer()
-        weight = base.weight if type(base) is nn.Linear else layer.plain_weight
-        if weight is None:
-            weight = NF4.of(base)
-        # a 4-bit weight is dequantised to the input's dtype, another must have it
-        if weight is None or base.bias is not None or (isinstance(weight, Tensor) and weight.dtype != x.dtype):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         name = active[0]
         return qlora_linear(x, weight, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
@@ -192,32 +176,15 @@ class FusedLinear(_Fused, lora.Linear):
     """Stands in for PEFT's layer beside an unquantised ``nn.Linear``."""
 
 
-def keep_plain_weights(model: nn.Module) -> None:
-    """Let each fused layer hold its base's 4-bit weight as plain tensors; the base must then stay where it is."""
+def keep_weights(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Let each fused layer hold its base's 4-bit weight as plain tensors; the base must then stay where it is.
+
+    `torch.compile` cannot read them from bitsandbytes' parameter class. With a ``dtype`` they are dequantised once, for
+    every pass to come: the same values. The base's own weights stay too, for merging, saving and decoding.
+    """
     for module in model.modules():
         if isinstance(module, FusedLinear4bit) and module.plain_weight is None:
-            module.plain_weight = NF4.of(module.get_base_layer())
-
-
-def keep_dequantised_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Dequantise the base of each fused layer once, for every pass to come: the same values, in 16 bits or more.
-
-    The 4-bit weights stay too, for merging, saving and decoding. The base must then stay where it is.
-    """
-    for module in model.modules():
-        if isinstance(module, FusedLinear4bit) and (weight := NF4.of(module.get_base_layer())) is not None:
-            module.plain_weight = dequantise(*weight, dtype)
-
-
-def fused_layers(targets: Sequence[nn.Module]) -> dict[type[nn.Module], type[nn.Module]]:
-    """What to register with PEFT for these target layers; those of other classes stay PEFT's own.
-
-    ``nn.Linear`` is left out beside its subclasses: PEFT asks with isinstance, so 8-bit layers would match it.
-    """
-    classes = {type(target) for target in targets}
-    found: dict[type[nn.Module], type[nn.Module]] = {}
-    if bnb.nn.Linear4bit in classes:
-        found[bnb.nn.Linear4bit] = FusedLinear4bit
-    if classes == {nn.Linear}:
-        found[nn.Linear] = FusedLinear
-    return found
+            weight = Weight.of(module.get_base_layer())
+            if weight and dtype:
+                weight = Weight((dequantise(*weight, dtype),))
+            module.plain_weight = weight

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_lab.models.qlora import evaluation_mode
 
@@ -40,40 +40,35 @@ def generate(
         Each answer's ids, without the token that ended it.
 
     """
-    longest = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts])
-    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    device = model.get_input_embeddings().weight.device
+    input_ids, attention_mask = (
+        pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=filler, padding_side="left")
+        for rows, filler in ((prompts, pad_id), ([[1] * len(ids) for ids in prompts], 0))
     )
-    own = model.get_base_model().generation_config.eos_token_id
-    stops = {*stop_ids, *(own if isinstance(own, list) else [own])} - {None}
-    # compiled layers are for packed rows; caches and padding would compile them anew
-    with _ready_to_generate(model), torch.compiler.set_stance("force_eager"), torch.no_grad():
-        device = model.get_input_embeddings().weight.device
-        output = model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad_id,
-            eos_token_id=sorted(stops) or None,
-            use_cache=True,
-            **sampling,
-        )
-    return [list(takewhile(lambda token: token not in stops, ids)) for ids in output[:, longest:].tolist()]
-
-
-@contextmanager
-def _ready_to_generate(model: PeftModel) -> Iterator[None]:
-    """Evaluation mode and an attention that knows caches and padding; then everything as it was."""
     base = model.get_base_model()
+    own = base.generation_config.eos_token_id
+    stops = {*stop_ids, *(own if isinstance(own, list) else [own])} - {None}
+    # for the time being, evaluation mode and an attention that knows caches and padding
     training = {module: module.training for module in model.modules()}
     attention = base.config._attn_implementation
     evaluation_mode(model)
     base.set_attn_implementation("sdpa")
     try:
-        yield
+        # compiled layers are for packed rows; caches and padding would compile them anew
+        with torch.compiler.set_stance("force_eager"), torch.no_grad():
+            output = model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad_id,
+                eos_token_id=sorted(stops) or None,
+                use_cache=True,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
+            )
     finally:
         base.set_attn_implementation(attention)
         for module, mode in training.items():
             module.training = mode
+    answers = output[:, input_ids.shape[1] :].tolist()
+    return [list(takewhile(lambda token: token not in stops, ids)) for ids in answers]

@@ -5,7 +5,7 @@ gradient, while completion-only masking throws many of those rows away. Here the
 positions already, and each chunk's logits are dropped before the next chunk's are made.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -24,10 +24,12 @@ def supervised_nll_sum(
     head: Tensor,
     targets: Tensor,
     gradient_scale: float = 1.0,
-    chunk_elements: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Sum of the negative log-likelihood of ``targets``, differentiable with respect to ``hidden``.
+
+    A sum, not a mean: `training.module` divides by the supervised tokens of the whole step, over all micro-batches and
+    processes, after the last of them (`QLoRAModule.training_step`, `on_before_optimizer_step`).
 
     The head is frozen (adapters on it are refused), so it gets no gradient. The gradient of ``hidden`` is made together
     with the loss, while a chunk's logits are at hand.
@@ -38,28 +40,23 @@ def supervised_nll_sum(
         targets: ``[S]`` int64 token ids.
         gradient_scale: Loss scaling for float16: the gradient comes out multiplied by it, the value does not. It is
             applied in float32 before the gradient is rounded, since a probability under 6e-8 is 0 in float16.
-        chunk_elements: Upper bound on the elements of one chunk of logits (at least one row is taken); by default
-            `chunk_rows` decides.
         compiled: Compile what is done to the logits, so that no float32 copy of them is made.
 
     Returns:
         float32 scalar in nats; 0 with a graph when ``S`` is 0.
 
     """
-    return _NLLSum.apply(hidden, head, targets, gradient_scale, chunk_elements, compiled)
+    return _NLLSum.apply(hidden, head, targets, gradient_scale, compiled)
 
 
 @torch.no_grad()
-def supervised_nll(
-    hidden: Tensor, head: Tensor, targets: Tensor, chunk_elements: int | None = None, compiled: bool = False
-) -> tuple[Tensor, Tensor]:
+def supervised_nll(hidden: Tensor, head: Tensor, targets: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each target, and whether it was the most likely token. No gradient.
 
     Args:
         hidden: ``[S, hidden_size]``, as in :func:`supervised_nll_sum`.
         head: ``[vocabulary, hidden_size]``.
         targets: ``[S]`` int64 token ids.
-        chunk_elements: As in :func:`supervised_nll_sum`.
         compiled: As in :func:`supervised_nll_sum`.
 
     Returns:
@@ -69,7 +66,7 @@ def supervised_nll(
     summarise = _compile(_summary) if compiled else _summary
     nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
-    for rows in _chunks(targets, head, chunk_elements):
+    for rows in _chunks(len(targets), head):
         logits = hidden[rows] @ head.T
         at_target = _at(logits, targets[rows])
         logsumexp, best = summarise(logits)
@@ -81,20 +78,14 @@ def supervised_nll(
 class _NLLSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        targets: Tensor,
-        gradient_scale: float,
-        chunk_elements: int | None,
-        compiled: bool,
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, gradient_scale: float, compiled: bool
     ) -> Tensor:
         softmax_of = _compile(_scaled_softmax) if compiled else _scaled_softmax
         # a tensor: torch.compile would take each number for a new constant
         scale = torch.full((), gradient_scale, dtype=torch.float32, device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
-        for rows in _chunks(targets, head, chunk_elements):
+        for rows in _chunks(len(targets), head):
             logits = hidden[rows] @ head.T
             at_target = _at(logits, targets[rows])
             logsumexp, softmax = softmax_of(logits, scale)
@@ -111,17 +102,17 @@ class _NLLSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors  # only hidden can need one
-        return gradient * grad_output.to(gradient.dtype), None, None, None, None, None
+        return gradient * grad_output.to(gradient.dtype), None, None, None, None
 
 
-def chunk_rows(vocabulary: int, device_type: str, chunk_elements: int | None = None) -> int:
+def chunk_rows(vocabulary: int, device_type: str) -> int:
     """Positions in one chunk of logits, at least 1."""
-    return max(1, (chunk_elements or (cpu.CHUNK_ELEMENTS if device_type == "cpu" else CHUNK_ELEMENTS)) // vocabulary)
+    return max(1, (cpu.CHUNK_ELEMENTS if device_type == "cpu" else CHUNK_ELEMENTS) // vocabulary)
 
 
-def _chunks(targets: Tensor, head: Tensor, chunk_elements: int | None) -> Iterator[slice]:
-    size, positions = chunk_rows(head.shape[0], head.device.type, chunk_elements), len(targets)
-    return (slice(start, min(start + size, positions)) for start in range(0, positions, size))
+def _chunks(positions: int, head: Tensor) -> list[slice]:
+    size = chunk_rows(len(head), head.device.type)
+    return [slice(start, start + size) for start in range(0, positions, size)]
 
 
 def _at(logits: Tensor, targets: Tensor) -> Tensor:

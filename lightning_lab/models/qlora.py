@@ -96,13 +96,15 @@ def add_adapters(
         target_modules=list(target_modules),
         use_rslora=rslora,
         use_dora=dora,
-        bias="none",
     )
     if fused and not dora:
-        from lightning_lab.models.fused_linear import fused_layers
+        from bitsandbytes.nn import Linear4bit
 
-        targets = [m for name, m in model.named_modules() if name.rpartition(".")[2] in target_modules]
-        config._register_custom_module(fused_layers(targets))
+        from lightning_lab.models.fused_linear import FusedLinear, FusedLinear4bit
+
+        # One of the two: PEFT asks with isinstance, and bitsandbytes' layers are linears. 8-bit ones stay PEFT's own.
+        quantised = hasattr(model.config, "quantization_config")
+        config._register_custom_module({Linear4bit: FusedLinear4bit} if quantised else {nn.Linear: FusedLinear})
     # Lightning's configure_model runs under the GPU's device context; drawn on the CPU, values are the same everywhere.
     with warnings.catch_warnings(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         # peft 0.21 asks transformers 5.23 for it by its old name.
@@ -149,12 +151,7 @@ def enable_checkpointing(model: LlamaForCausalLM | PeftModel, mode: str) -> None
             that all is recomputed but attention, whose work grows with the square of a document. ``offload``: as
             ``full``, and the inputs wait in pinned host memory, which only CUDA has.
 
-    Raises:
-        LabError: The mode is unknown.
-
     """
-    if mode not in CHECKPOINTING:
-        raise LabError(f"model.checkpointing: {mode!r} is unknown; use {', '.join(CHECKPOINTING)}")
     if mode == "none":
         model.activation_checkpointing_disable()
         return
@@ -170,9 +167,9 @@ def compile_layers(model: PeftModel, backend: str = "inductor") -> None:
     All layers share one compiled graph a mode (training, evaluation, without adapters); the first layer has one of its
     own in training, since its input needs no gradient.
     """
-    from lightning_lab.models.fused_linear import keep_plain_weights
+    from lightning_lab.models.fused_linear import keep_weights
 
-    keep_plain_weights(model)
+    keep_weights(model)
     for layer in model.get_base_model().model.layers:
         layer.compile(fullgraph=True, dynamic=True, backend=backend)
 

@@ -147,9 +147,9 @@ class Lifecycle(pl.LightningModule):
         self.model = add_adapters(base, **{key: settings[key] for key in keys}, fused=settings.fused_linear)
         enable_checkpointing(self.model, self.checkpointing)
         if settings.cache_dequantised:
-            from lightning_lab.models.fused_linear import keep_dequantised_weights
+            from lightning_lab.models.fused_linear import keep_weights
 
-            keep_dequantised_weights(self.model, self.compute_dtype)
+            keep_weights(self.model, self.compute_dtype)
         if settings.compile:
             compile_layers(self.model)
         self.model.train()

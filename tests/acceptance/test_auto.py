@@ -78,7 +78,7 @@ def test_plan_shows_the_choice(
     lab("plan", *tiny_args, *AUTO)
     shown = capsys.readouterr()
     assert "auto: model.checkpointing none" in shown.err
-    assert "by model.checkpointing, in MiB: none" in shown.out
+    assert "peak memory by checkpointing:\n" in shown.out
 
 
 def test_two_processes_choose_the_same(tiny_args: list[str], tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_no_mask_is_ever_built() -> None:
     "wrong",
     [
         {"document_borders": None},
-        {"document_borders": None, "cu_seqlens": torch.tensor([0, 4])},
+        {"document_borders": None, "longest_document": 4},
         {"attention_mask": torch.ones(1)},
         {"dropout": 0.1},
         {"query": torch.zeros(2, 2, 4, 8)},
@@ -85,7 +85,7 @@ def test_no_mask_is_ever_built() -> None:
 )
 def test_what_it_cannot_honour_is_refused(wrong: dict[str, object]) -> None:
     q = torch.zeros(1, 2, 4, 8)
-    good = {"query": q, "key": q, "value": q, "attention_mask": None}
+    good = {"query": q, "key": q, "value": q, "attention_mask": None, "scaling": 0.5}
     good["document_borders"] = torch.tensor([0, 4])
     document_attention(torch.nn.Identity(), **good)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="document attention"):

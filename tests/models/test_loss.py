@@ -1,13 +1,26 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
+from lightning_lab.models import cpu
 from lightning_lab.models.loss import supervised_nll, supervised_nll_sum
 
 VOCABULARY, HIDDEN = 97, 16
+
+
+@pytest.fixture(autouse=True)
+def chunks_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Set the positions in a chunk of logits; 5 otherwise."""
+
+    def set_rows(rows: int) -> None:
+        monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", rows * VOCABULARY)
+
+    set_rows(5)
+    return set_rows
 
 
 def _inputs(positions: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -19,11 +32,14 @@ def _inputs(positions: int, dtype: torch.dtype = torch.float32) -> tuple[torch.T
 
 @pytest.mark.parametrize("positions", [1, 7, 10, 23])
 @pytest.mark.parametrize("chunk_rows", [1, 5, 1000])
-def test_value_and_gradient_equal_whole_logits(positions: int, chunk_rows: int) -> None:
+def test_value_and_gradient_equal_whole_logits(
+    positions: int, chunk_rows: int, chunks_of: Callable[[int], None]
+) -> None:
+    chunks_of(chunk_rows)
     hidden, head, targets = _inputs(positions)
     expected = F.cross_entropy(hidden @ head.T, targets, reduction="sum")
     (expected_gradient,) = torch.autograd.grad(3.0 * expected, hidden)
-    total = supervised_nll_sum(hidden, head, targets, chunk_elements=chunk_rows * VOCABULARY)
+    total = supervised_nll_sum(hidden, head, targets)
     (gradient,) = torch.autograd.grad(3.0 * total, hidden)
     torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)
@@ -65,7 +81,7 @@ def test_bfloat16_error_is_no_larger_than_whole_logits() -> None:
     hidden, head = exact.detach().bfloat16().requires_grad_(), exact_head.bfloat16()
     whole = F.cross_entropy((hidden @ head.T).float(), targets, reduction="sum")
     (whole_gradient,) = torch.autograd.grad(whole, hidden)
-    chunked = supervised_nll_sum(hidden, head, targets, chunk_elements=7 * VOCABULARY)
+    chunked = supervised_nll_sum(hidden, head, targets)
     (gradient,) = torch.autograd.grad(chunked, hidden)
     assert (chunked - truth).abs() <= (whole - truth).abs() * 1.01 + 1e-4
     assert (gradient.float() - true_gradient).norm() <= (whole_gradient.float() - true_gradient).norm() * 1.01
@@ -75,7 +91,7 @@ def test_evaluation_gives_each_token() -> None:
     hidden, head, targets = _inputs(23)
     logits = (hidden @ head.T).detach()
     targets[::2] = logits[::2].argmax(-1)
-    nll, correct = supervised_nll(hidden, head, targets, chunk_elements=5 * VOCABULARY)
+    nll, correct = supervised_nll(hidden, head, targets)
     torch.testing.assert_close(nll, F.cross_entropy(logits, targets, reduction="none"), atol=1e-5, rtol=1e-5)
     assert correct.tolist() == (logits.argmax(-1) == targets).tolist()
     assert 12 <= int(correct.sum()) < 23
@@ -96,10 +112,10 @@ def test_logits_never_exist_whole() -> None:
 
     hidden, head, targets = _inputs(40)
     with Watch():
-        supervised_nll_sum(hidden, head, targets, chunk_elements=8 * VOCABULARY).backward()
-        supervised_nll(hidden, head, targets, chunk_elements=8 * VOCABULARY)
+        supervised_nll_sum(hidden, head, targets).backward()
+        supervised_nll(hidden, head, targets)
     assert shapes
-    assert max(shapes) == 8
+    assert max(shapes) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,10 +127,9 @@ def test_compiled_and_not_agree(dtype: torch.dtype) -> None:
         targets[::2] = (hidden @ head.T)[::2].argmax(-1)
         found = []
         for compiled in (False, True):
-            options = {"chunk_elements": 5 * VOCABULARY, "compiled": compiled}
-            total = supervised_nll_sum(hidden, head, targets, 4.0, **options)
+            total = supervised_nll_sum(hidden, head, targets, 4.0, compiled=compiled)
             (gradient,) = torch.autograd.grad(total, hidden)
-            found.append((total.detach(), gradient, *supervised_nll(hidden, head, targets, **options)))
+            found.append((total.detach(), gradient, *supervised_nll(hidden, head, targets, compiled=compiled)))
         off, on = found
         rounding = 0.01 if dtype == torch.bfloat16 else 1e-5  # of the gradient; the rest is float32 either way
         torch.testing.assert_close(on[1], off[1], rtol=rounding, atol=rounding)

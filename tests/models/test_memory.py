@@ -1,7 +1,6 @@
 """Predicted memory against what real models hold: parameters, bytes of weights, and what autograd keeps."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from lightning.fabric.utilities.data import AttributeDict
 
 from lightning_lab.errors import LabError
-from lightning_lab.models import cpu, qlora
+from lightning_lab.models import memory, qlora
 from lightning_lab.models.attention import attention_arguments, register_document_attention
 from lightning_lab.models.base import load_base
 from lightning_lab.models.memory import MEMORY_SHARE, MIB, available_memory, choose, peak_parts, trainable_parameters
@@ -37,6 +36,10 @@ def settings(**changes: Any) -> AttributeDict:
         cache_dequantised=False,
     )
     return AttributeDict(common | changes)
+
+
+def total(parts: dict[str, int]) -> int:
+    return sum(parts.values())
 
 
 @pytest.mark.parametrize(
@@ -108,12 +111,12 @@ def test_weights_adapters_and_optimizer_are_counted_to_the_byte(folder: Path) ->
     states = [w.quant_state for w in packed]
     scales = sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)
     trained = [w for w in model.parameters() if w.requires_grad]
-    assert parts.tables == sum(w.nbytes for w in {w.data_ptr(): w for w in whole}.values())
-    assert parts.linears == sum(w.nbytes for w in packed)
-    assert parts.quantisation_state == pytest.approx(scales, rel=0.02)  # a last block may be partly filled
-    assert parts.adapters == parts.gradients == sum(w.nbytes for w in trained)
+    assert parts["tables"] == sum(w.nbytes for w in {w.data_ptr(): w for w in whole}.values())
+    assert parts["linears"] == sum(w.nbytes for w in packed)
+    assert parts["quantisation_state"] == pytest.approx(scales, rel=0.02)  # a last block may be partly filled
+    assert parts["adapters"] == parts["gradients"] == sum(w.nbytes for w in trained)
     adamw = peak_parts(model.config, settings(compute_dtype="float32", optimizer="adamw"), GPU, 100, 50)
-    assert adamw.optimizer_state == 2 * parts.adapters
+    assert adamw["optimizer_state"] == 2 * parts["adapters"]
     for weight in trained:
         weight.grad = torch.zeros_like(weight)
     large = [w for w in trained if w.numel() >= 4096]  # smaller ones keep float32 state
@@ -121,7 +124,7 @@ def test_weights_adapters_and_optimizer_are_counted_to_the_byte(folder: Path) ->
     optimizer.step()
     state = sum(t.nbytes for s in optimizer.state.values() for n, t in s.items() if n in ("state1", "state2"))
     assert state == 2 * sum(w.numel() for w in large)
-    assert parts.optimizer_state == 2 * sum(w.numel() for w in trained)
+    assert parts["optimizer_state"] == 2 * sum(w.numel() for w in trained)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "compiled"])
@@ -153,9 +156,9 @@ def test_activations_are_what_autograd_keeps(folder: Path, dtype: torch.dtype, f
 
     name = "float32" if dtype == torch.float32 else "float16"
     options = settings(compute_dtype=name, fused_linear=fused, compile=compiled)
-    predicted = peak_parts(model.config, options, GPU, 256, 128, checkpointing=checkpointing).activations
+    predicted = peak_parts(model.config, options, GPU, 256, 128, checkpointing=checkpointing)["activations"]
     if checkpointing != "none":  # the layer that is recomputed is no part of what the forward pass keeps
-        whole = peak_parts(model.config, options, GPU, 256, 128).activations
+        whole = peak_parts(model.config, options, GPU, 256, 128)["activations"]
         predicted -= (whole - 256 * 4 * model.config.hidden_size) // 3
     if checkpointing == "selective":  # held outside of autograd: results and log-sum-exps of 3 layers
         predicted -= 3 * 256 * (256 * dtype.itemsize + 4 * 8)
@@ -166,21 +169,19 @@ def test_the_heap_of_a_cpu() -> None:
     config = llama_3_2("1B")
     gpu, own = (peak_parts(config, settings(), device, 2048, 700) for device in (GPU, CPU))
     # 16 layers in 16 bits; gate, up and down (2,048 x 8,192) are exactly the 32 MiB that glibc gives back
-    assert own.left_by_quantising == 16 * 2 * (2 * 2048 * 2048 + 2 * 2048 * 512)
+    assert own["left_by_quantising"] == 16 * 2 * (2 * 2048 * 2048 + 2 * 2048 * 512)
     # a GPU's memory counts the larger of a layer's pass and the logits; a CPU's chunks are of 2**23 elements
     layer = 2048 * 2 * (3 * 8192 + 2 * 2048) + 2 * 2048 * 8192
     hidden = 2 * 700 * 2048 * 2
-    assert own.temporaries == layer + 65 * 128_256 * (4 + 2 + 2) + hidden
-    assert gpu.temporaries == max(layer, 261 * 128_256 * (4 + 2 + 2) + hidden)
-    assert own.heap_holes == gpu.activations // 2 + 2 * own.temporaries
-    assert 100 * MIB < own.program < psutil.virtual_memory().total
-    assert (gpu.program, gpu.left_by_quantising, gpu.heap_holes) == (0, 0, 0)
+    assert own["temporaries"] == layer + 65 * 128_256 * (4 + 2 + 2) + hidden
+    assert gpu["temporaries"] == max(layer, 261 * 128_256 * (4 + 2 + 2) + hidden)
+    assert own["heap_holes"] == gpu["activations"] // 2 + 2 * own["temporaries"]
+    assert 100 * MIB < own["program"] < psutil.virtual_memory().total
+    assert (gpu["program"], gpu["left_by_quantising"], gpu["heap_holes"]) == (0, 0, 0)
     only_cpu = ("program", "left_by_quantising", "heap_holes", "temporaries")
-    assert {k: v for k, v in asdict(own).items() if k not in only_cpu} == {
-        k: v for k, v in asdict(gpu).items() if k not in only_cpu
-    }
-    assert peak_parts(config, settings(), CPU, 2048, 700, training=False).heap_holes == 0
-    assert peak_parts(config, settings(bits=16), CPU, 2048, 700).left_by_quantising == 0
+    assert {k: v for k, v in own.items() if k not in only_cpu} == {k: v for k, v in gpu.items() if k not in only_cpu}
+    assert peak_parts(config, settings(), CPU, 2048, 700, training=False)["heap_holes"] == 0
+    assert peak_parts(config, settings(bits=16), CPU, 2048, 700)["left_by_quantising"] == 0
 
 
 def test_the_peaks_measured_on_a_cpu() -> None:
@@ -197,15 +198,15 @@ def test_the_peaks_measured_on_a_cpu() -> None:
         assert "float32" not in name
         parts = peak_parts(smollm2, own, CPU, 2048, 900)
         program = result["parts_mib"]["program and libraries"]  # of that machine
-        predicted = (parts.total - parts.program) / MIB + program
+        predicted = (total(parts) - parts["program"]) / MIB + program
         assert predicted == pytest.approx(result["measured_mib"], rel=0.06), name
 
 
 def test_evaluation_needs_neither_gradients_nor_activations() -> None:
     config = llama_3_2("1B")
     parts = peak_parts(config, settings(), GPU, 2048, 700, training=False)
-    assert (parts.gradients, parts.optimizer_state, parts.activations) == (0, 0, 0)
-    assert parts.total < peak_parts(config, settings(checkpointing="full"), GPU, 2048, 700).total
+    assert (parts["gradients"], parts["optimizer_state"], parts["activations"]) == (0, 0, 0)
+    assert total(parts) < total(peak_parts(config, settings(checkpointing="full"), GPU, 2048, 700))
 
 
 def test_kept_dequantised_weights_are_a_16_bit_base() -> None:
@@ -213,13 +214,13 @@ def test_kept_dequantised_weights_are_a_16_bit_base() -> None:
         peak_parts(llama_3_2("1B"), settings(cache_dequantised=cached), GPU, 2048, 700) for cached in (False, True)
     )
     linear = 973_078_528  # of Llama-3.2-1B's decoder layers: 1,235,814,400 less embeddings and norms
-    assert (off.dequantised, on.dequantised) == (0, 2 * linear)
-    assert on.total - on.dequantised <= off.total
+    assert (off["dequantised"], on["dequantised"]) == (0, 2 * linear)
+    assert total(on) - on["dequantised"] <= total(off)
 
 
 def test_modes_in_order_of_memory() -> None:
     sizes = [
-        peak_parts(llama_3_2("1B"), settings(), GPU, 4096, 2000, checkpointing=mode).total
+        total(peak_parts(llama_3_2("1B"), settings(), GPU, 4096, 2000, checkpointing=mode))
         for mode in qlora.CHECKPOINTING
     ]
     assert sizes == sorted(sizes, reverse=True)
@@ -229,10 +230,10 @@ def test_modes_in_order_of_memory() -> None:
 @pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"dora": True}, {"bits": 8}])
 def test_what_pefts_layers_train_is_counted_as_theirs(changes: dict[str, Any]) -> None:
     sizes = [
-        peak_parts(llama_3_2("1B"), settings(**changes, fused_linear=fused), GPU, 2048, 700).activations
+        peak_parts(llama_3_2("1B"), settings(**changes, fused_linear=fused), GPU, 2048, 700)["activations"]
         for fused in (True, False)
     ]
-    assert sizes[0] == sizes[1] > peak_parts(llama_3_2("1B"), settings(), GPU, 2048, 700).activations
+    assert sizes[0] == sizes[1] > peak_parts(llama_3_2("1B"), settings(), GPU, 2048, 700)["activations"]
 
 
 # --- auto ---
@@ -245,7 +246,7 @@ def chosen(available: int, device: torch.device = GPU, budget: int | None = None
 
 def enough(mode: str, tokens: int, **changes: Any) -> int:
     """Bytes that must be free for exactly this."""
-    needed = peak_parts(llama_3_2("1B"), settings(checkpointing=mode, **changes), GPU, tokens, tokens).total
+    needed = total(peak_parts(llama_3_2("1B"), settings(checkpointing=mode, **changes), GPU, tokens, tokens))
     return int(needed / MEMORY_SHARE) + 1
 
 
@@ -283,7 +284,7 @@ def test_memory_of_a_cpu_is_within_what_the_machine_has() -> None:
 
 @pytest.mark.parametrize("limit", ["max\n", "2000000000\n"])
 def test_a_control_group_bounds_the_memory_of_a_cpu(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    monkeypatch.setattr(cpu, "_resident", lambda: 10)
+    monkeypatch.setattr(memory, "_resident", lambda: 10)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3_000_000_000))
 
     def read(path: Path) -> str:

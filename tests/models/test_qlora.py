@@ -336,11 +336,6 @@ def test_selective_recomputes_all_but_attention(four_layers, mode, attended):
     assert calls["lightning_lab::cpu_document_attention_backward"] == 4
 
 
-def test_an_unknown_checkpointing_mode_is_refused(tiny):
-    with pytest.raises(LabError, match=r"model\.checkpointing: 'half' is unknown; use none, selective, full, offload"):
-        qlora.enable_checkpointing(tiny, "half")
-
-
 def test_norms_and_embeddings_stay_as_they_were(tiny):
     """prepare_model_for_kbit_training would have made them float32."""
     model = adapt(tiny.to(torch.bfloat16))
