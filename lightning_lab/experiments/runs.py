@@ -9,14 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_lab import files, rundir
 from lightning_lab.errors import LabError
-from lightning_lab.losses import Loss, losses
+from lightning_lab.loss_table import Loss, losses
 from lightning_lab.rundir import CONFIG, ENVIRONMENT, METRICS, MetricsRow
 
-State = Literal["empty", "running", "stopped", "finished"]
 SWEEP_FILE = "sweep.json"  # what makes a directory a sweep's; its runs are in TRIALS
 TRIALS = "trials"
 REPORT_FILES = ("report.md", "report.html", "losses.png")  # written by `report`; they make no directory a run's
@@ -31,7 +30,7 @@ class Example(NamedTuple):
     """A held-out conversation: mean negative log-likelihood of its supervised tokens in nats, and their number."""
 
     loss: float
-    tokens: int
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,6 @@ class Run:
         trainable_parameters: Of the adapters.
         evaluations: ``test.json``, ``validation.json``, ``test-base.json`` and so on, by the name before ``.json``.
         metrics: The rows of ``metrics.csv``.
-        train: Those with a training loss, by column; one an optimizer step.
-        validation: Those with a validation loss.
         step: The last that is recorded; 0 before the first.
         best: The validation with the lowest loss, the first of equal ones, as `fit` chooses ``best.ckpt``.
         losses: The lab's table.
@@ -62,7 +59,7 @@ class Run:
 
     path: Path
     name: str
-    state: State
+    state: str
     described_state: str
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -70,8 +67,6 @@ class Run:
     trainable_parameters: int | None
     evaluations: dict[str, dict[str, Any]]
     metrics: list[MetricsRow]
-    train: list[dict[str, float]]
-    validation: list[dict[str, float]]
     step: int
     best: dict[str, float] | None
     losses: list[Loss]
@@ -83,7 +78,7 @@ class Run:
         """Read ``<split>_examples.csv``: each conversation by its row in the source, in the order of the rows.
 
         Raises:
-            LabError: The split has not been evaluated, or the file is damaged.
+            LabError: The split has not been evaluated, or the file is damaged or contradicts ``<split>.json``.
 
         """
         path = self.path / f"{split}_examples.csv"
@@ -96,15 +91,20 @@ class Run:
         for line, text in enumerate(lines, start=2):
             cells = dict(zip(header.split(","), text.split(","), strict=False))
             try:
-                row, example = int(cells["row"]), Example(float(cells["loss"]), int(cells["supervised_tokens"]))
+                found[int(cells["row"])] = Example(float(cells["loss"]), float(cells["supervised_tokens"]))
             except (KeyError, ValueError):
                 raise LabError(f"{path} line {line}: needs row, loss and supervised_tokens; evaluate again") from None
-            if row in found or example.tokens < 1:
-                what = "comes twice" if row in found else "has no supervised tokens"
-                raise LabError(f"{path}: row {row} {what}; evaluate {self.name} again")
-            found[row] = example
-        if not found:
-            raise LabError(f"{path}: holds no conversation; evaluate again")
+        tokens = sum(example.tokens for example in found.values())
+        loss = sum(example.loss * example.tokens for example in found.values()) / (tokens or math.nan)
+        recorded = self.evaluations.get(split, {})
+        recorded_loss = recorded.get(f"{split.removesuffix('-base')}_loss", math.nan)
+        # Both come from the same float64 sums, so that anything beyond rounding is another evaluation, or damage such
+        # as a conversation that comes twice.
+        same = math.isfinite(loss) and math.isclose(loss, recorded_loss, rel_tol=1e-6)
+        if not same or tokens != recorded.get("supervised_tokens"):
+            what = f"has a loss of {loss:.6f} over {tokens:.0f} supervised tokens"
+            said = f"{split}.json says {recorded_loss:.6f} over {recorded.get('supervised_tokens')}"
+            raise LabError(f"{path}: {what}, {said}; train or evaluate {self.name} again")
         return dict(sorted(found.items()))
 
 
@@ -138,45 +138,39 @@ def read_run(path: Path) -> Run:
 
     train = [row.values for row in metrics if "train_loss" in row.values]
     validation = [row.values for row in metrics if "train_loss" not in row.values]
+    step = int(max((row.values["step"] for row in metrics), default=0))
+    done = total is not None and bool(validation) and validation[-1]["step"] >= total
+    patience = config.get("early_stopping")
+    early = isinstance(patience, int) and rundir.stopped_early([row["val_loss"] for row in validation], patience)
+    progress = f"at step {step:,}" + (f" of {total:,}" if total else "")
+    state, described = "stopped", f"stopped {progress}"
+    if rundir.is_locked(path):
+        state, described = "running", f"running {progress}"
+    elif not recorded:
+        state, described = "empty", "empty: nothing recorded yet"
+    elif done or early:
+        state, described = "finished", f"finished, {step:,} steps" if done else f"finished early {progress}"
     finite = [row for row in validation if math.isfinite(row["val_loss"])]
     timed = [row for row in train if row.get("tokens_per_second")]
     seconds = sum(row.get("tokens", 0.0) / row["tokens_per_second"] for row in timed)
-    patience = config.get("early_stopping")
-    early = isinstance(patience, int) and rundir.stopped_early([row["val_loss"] for row in validation], patience)
-    done = total is not None and bool(validation) and validation[-1]["step"] >= total
-    state: State = "empty" if not recorded else "finished" if done or early else "stopped"
-    if rundir.is_locked(path):
-        state = "running"
-    step = int(max((row["step"] for row in (*train[-1:], *validation[-1:])), default=0))
     return Run(
         path=path,
         name=path.name or path.resolve().name,
         state=state,
-        described_state=_described(state, step, total),
+        described_state=described,
         config=config,
         environment=environment,
         total_steps=total,
         trainable_parameters=trainable,
         evaluations=evaluations,
         metrics=metrics,
-        train=train,
-        validation=validation,
         step=step,
         best=min(finite, key=lambda row: row["val_loss"], default=None),
         losses=losses(metrics),
         seconds=seconds,
-        tokens_per_second=sum(row.get("tokens", 0.0) for row in train) / seconds if seconds else None,
+        tokens_per_second=sum(row.get("tokens", 0.0) for row in timed) / seconds if seconds else None,
         peak_memory_mib=max((row["peak_memory_mib"] for row in train if "peak_memory_mib" in row), default=None),
     )
-
-
-def _described(state: State, step: int, total: int | None) -> str:
-    if state == "empty":
-        return "empty: nothing recorded yet"
-    if state == "finished" and (not total or step >= total):
-        return f"finished, {step:,} steps"
-    early = " early" if state == "finished" else ""
-    return f"{state}{early} at step {step:,}" + (f" of {total:,}" if total else "")
 
 
 def read_sweep(directory: Path) -> list[dict[str, Any]]:
@@ -205,26 +199,21 @@ def read_sweep(directory: Path) -> list[dict[str, Any]]:
     return found
 
 
-def run_directories(paths: Sequence[Path]) -> list[Path]:
+def run_directories(path: Path) -> list[Path]:
     """Expand what a report is asked for: a sweep stands for its trials, a folder for the runs and sweeps in it.
 
     Raises:
-        LabError: A path does not exist, or holds neither a run nor runs.
+        LabError: The path does not exist.
 
     """
-    found: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            raise LabError(f"{path}: no such run directory")
-        trials = path / TRIALS
-        if (path / SWEEP_FILE).is_file() or trials.is_dir():
-            found += sorted(entry for entry in trials.glob("*") if entry.is_dir())
-        elif has_begun(path):
-            found.append(path)
-        else:
-            inner = [entry for entry in sorted(path.iterdir()) if has_begun(entry) or (entry / SWEEP_FILE).exists()]
-            found += run_directories(inner) if inner else [path]
-    return list(dict.fromkeys(found))
+    if not path.is_dir():
+        raise LabError(f"{path}: no such run directory")
+    if (path / SWEEP_FILE).is_file() or (path / TRIALS).is_dir():
+        return sorted(entry for entry in path.glob(f"{TRIALS}/*") if entry.is_dir())
+    inner = [entry for entry in sorted(path.iterdir()) if has_begun(entry) or (entry / SWEEP_FILE).exists()]
+    if has_begun(path) or not inner:
+        return [path]
+    return [directory for entry in inner for directory in run_directories(entry)]
 
 
 def has_begun(path: Path) -> bool:
@@ -248,7 +237,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _evaluation(path: Path) -> dict[str, Any]:
     content = _json(path)
-    numbers = [f"{path.stem.removesuffix('-base')}_{kind}" for kind in ("loss", "perplexity", "token_accuracy")]
-    if not all(isinstance(content.get(key), int | float) for key in numbers):
-        raise LabError(f"{path}: lacks one of {', '.join(numbers)}; evaluate again")
-    return content
+    keys = [f"{path.stem.removesuffix('-base')}_{kind}" for kind in ("loss", "perplexity", "token_accuracy")]
+    try:
+        return content | {key: float(content[key]) for key in keys}
+    except (KeyError, TypeError, ValueError, OverflowError):  # OverflowError: an integer of 400 digits
+        raise LabError(f"{path}: lacks one of {', '.join(keys)}, or it is no number; evaluate again") from None
