@@ -201,21 +201,17 @@ def _paired(a: Run, b: Run, split: str) -> tuple[np.ndarray, np.ndarray, np.ndar
 
     """
     both = f"{a.name} and {b.name} cannot be compared on {split}"
-    of_a, of_b = a.examples(split), b.examples(split)
+    (rows_a, loss_a, tokens_a), (rows_b, loss_b, tokens_b) = (np.reshape(r.examples(split), (-1, 3)).T for r in (a, b))
     prints = [run.evaluations.get(split, {}).get("data_fingerprint") for run in (a, b)]
     if None in prints or prints[0] != prints[1]:
         settings = [key for key in differing_settings([a, b]) if key.startswith("data.") or key == "model.base"]
         because = f" (they differ in {', '.join(settings)})" if settings else ""
         what = "their data_fingerprint is missing or differs, so the data or the tokens are not the same"
         raise LabError(f"{both}: {what}{because}; evaluate both on the same data")
-    counts = {row: [of[row].tokens if row in of else 0 for of in (of_a, of_b)] for row in sorted({*of_a, *of_b})}
-    if differ := [row for row, pair in counts.items() if pair[0] != pair[1]]:
-        row, pair = differ[0], counts[differ[0]]
-        where = f"row {row} has {pair[0]:,.0f} supervised tokens in {a.name} and {pair[1]:,.0f} in {b.name}"
-        what = f"{len(differ):,} conversations differ, {where}; give both the same data.split and data.mask"
-        raise LabError(f"{both}: {what}")
-    if len(of_a) < MIN_CONVERSATIONS:
-        needs = f"a bootstrap over conversations needs at least {MIN_CONVERSATIONS}, the split has {len(of_a)}"
+    if differ := set(zip(rows_a, tokens_a, strict=True)) ^ set(zip(rows_b, tokens_b, strict=True)):
+        what = f"their conversations or masks differ, first in row {min(differ)[0]:.0f}"
+        raise LabError(f"{both}: {what}; give both the same data.split and data.mask")
+    if len(rows_a) < MIN_CONVERSATIONS:
+        needs = f"a bootstrap over conversations needs at least {MIN_CONVERSATIONS}, the split has {len(rows_a)}"
         raise LabError(f"{both}: {needs}")
-    (loss_a, tokens), (loss_b, _) = (np.array(list(examples.values())).T for examples in (of_a, of_b))
-    return loss_a, loss_b, tokens
+    return loss_a, loss_b, tokens_a

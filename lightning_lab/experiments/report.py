@@ -17,7 +17,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -27,7 +26,7 @@ from lightning_lab.experiments.compare import compare
 from lightning_lab.experiments.page import page
 from lightning_lab.experiments.runs import REPORT_FILES, SWEEP_FILE, read_run
 from lightning_lab.experiments.sections import comparison_markdown, document, ranking_table
-from lightning_lab.experiments.summary import Summary, find, summarise
+from lightning_lab.experiments.summary import Summary, find
 from lightning_lab.files import make_directory, write_whole
 
 
@@ -45,7 +44,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Written:
         LabError: Nothing could be read, or ``out`` cannot be written.
 
     """
-    summary = summarise(paths)
+    summary = Summary(paths)
     write(summary, out)
     return Written(ranking_table(summary).markdown(), summary.damaged)
 
@@ -113,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 def _report(options: argparse.Namespace) -> int:
     if not options.runs:
         raise LabError("report needs a RUN: a run directory, a sweep's directory or a folder of runs, such as runs")
-    summary = summarise(options.runs, split=options.split, reference=bool(options.reference))
+    summary = Summary(options.runs, options.split, reference=bool(options.reference))
     _say_damaged(summary.damaged)
     try:  # files first: whoever reads the output may stop early, such as `head`
         if options.out or not options.json:
@@ -136,7 +135,8 @@ def _compare(options: argparse.Namespace) -> int:
             raise LabError(f"--compare {name}: no such run directory{there}")
         runs.append(known[name] if name in known else read_run(Path(name)))
     if runs[0].name == runs[1].name:
-        runs = [replace(run, name=str(run.path)) for run in runs]
+        for run in runs:
+            run.name = str(run.path)
     found, refused = compare(runs, options.split, comparisons=options.comparisons)
     if refused:
         raise LabError(refused[0])

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_lab.errors import LabError
-from lightning_lab.experiments.compare import Comparison, compare
+from lightning_lab.experiments.compare import compare
 from lightning_lab.experiments.runs import (
     SEED,
     SWEEP_FILE,
-    UNCOMPARED,
     Run,
     differing_settings,
     has_begun,
@@ -25,40 +23,48 @@ from lightning_lab.experiments.runs import (
 )
 from lightning_lab.files import flatten, read_yaml
 
+T = TypeVar("T")
 VALIDATED_ON = ("data.fingerprint", "data.split_seed", "data.splits.validation")  # in environment.json
 
 
-@dataclass(frozen=True)
 class Summary:
     """Runs and what follows from them; losses are nats per supervised token, times seconds.
 
+    Args:
+        paths: Run directories, sweeps, or folders of both; their runs may be in any state.
+        split: On which runs are compared.
+        reference: Whether the lab's published losses stand beside.
+
     Attributes:
-        title: Of the report.
         runs: Lowest validation loss first, those without one last, each with a name of its own.
         damaged: One line for each path that could not be read.
         trials: Of the sweeps among the paths.
+        title: Of the report.
         settings: Config keys in which the runs differ.
         notes: What a reader of the ranking must know.
         seeds: `over_seeds`.
         split: On which runs are compared.
         comparisons: Each other run against the first.
         not_compared: Why those that are not compared cannot be.
-        reference: The lab's published losses, if they are to stand beside: ``label``, ``steps`` and ``runs`` with
-            ``name``, ``train`` and ``validation``.
+        reference: The lab's losses: ``label``, ``steps`` and ``runs`` with ``name``, ``train`` and ``validation``.
+
+    Raises:
+        LabError: Nothing at all could be read.
 
     """
 
-    title: str
-    runs: Sequence[Run]
-    damaged: Sequence[str]
-    trials: Sequence[dict[str, Any]]
-    settings: Sequence[str]
-    notes: Sequence[str]
-    seeds: Sequence[dict[str, Any]]
-    split: str
-    comparisons: Sequence[Comparison]
-    not_compared: Sequence[str]
-    reference: dict[str, Any] | None
+    def __init__(self, paths: Sequence[Path], split: str = "test", *, reference: bool = False) -> None:
+        self.runs, self.damaged, self.trials = find(paths)
+        title = self.runs[0].name if len(self.runs) == 1 else f"{len(self.runs)} runs"
+        if len(self.runs) != 1 and len(paths) == 1:
+            title = f"{paths[0].resolve().name}, {title}"
+        self.title = f"Report: {title}"
+        self.settings = differing_settings(self.runs)
+        self.notes = _notes(self.runs)
+        self.seeds = over_seeds(self.runs, [key for key in self.settings if key != SEED])
+        self.split = split
+        self.comparisons, self.not_compared = compare([run for run in self.runs if run.best], split)
+        self.reference = read_yaml(Path(__file__).with_name("published.yaml")) if reference else None
 
     def record(self) -> dict[str, Any]:
         """Everything, unrounded, for JSON."""
@@ -74,34 +80,6 @@ class Summary:
         return {**vars(self), "runs": runs, "comparisons": [comparison.record() for comparison in self.comparisons]}
 
 
-def summarise(paths: Sequence[Path], *, split: str = "test", reference: bool = False) -> Summary:
-    """Read all runs that the paths stand for, whatever state they are in, and compare them.
-
-    Raises:
-        LabError: Nothing at all could be read.
-
-    """
-    runs, damaged, trials = find(paths)
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    if len(runs) != 1 and len(paths) == 1:
-        title = f"{paths[0].resolve().name}, {title}"
-    settings = differing_settings(runs)
-    comparisons, not_compared = compare([run for run in runs if run.best], split)
-    return Summary(
-        title=f"Report: {title}",
-        runs=runs,
-        damaged=damaged,
-        trials=trials,
-        settings=settings,
-        notes=_notes(runs),
-        seeds=over_seeds(runs, [key for key in settings if key != SEED]),
-        split=split,
-        comparisons=comparisons,
-        not_compared=not_compared,
-        reference=read_yaml(Path(__file__).with_name("published.yaml")) if reference else None,
-    )
-
-
 def find(paths: Sequence[Path]) -> tuple[list[Run], list[str], list[dict[str, Any]]]:
     """Read all runs that the paths stand for.
 
@@ -112,36 +90,41 @@ def find(paths: Sequence[Path]) -> tuple[list[Run], list[str], list[dict[str, An
         LabError: Nothing at all could be read.
 
     """
-    directories: dict[Path, Path] = {}
     damaged: list[str] = []
+
+    def attempt(read: Callable[[Path], T], path: Path) -> T | None:
+        try:
+            return read(path)
+        except (LabError, OSError) as error:
+            damaged.append(str(error) if isinstance(error, LabError) else f"{path}: {error}")
+        return None
+
+    directories: dict[Path, Path] = {}
     trials: list[dict[str, Any]] = []
     runs: list[Run] = []
     for path in paths:
-        try:
-            for directory in run_directories(path):
-                directories.setdefault(directory.resolve(), directory)
-            for sweep in (path, *sorted(path.iterdir())):
-                if (sweep / SWEEP_FILE).is_file():
-                    trials += read_sweep(sweep)
-        except (LabError, OSError) as error:
-            damaged.append(_line(path, error))
+        for directory in attempt(run_directories, path) or []:
+            directories.setdefault(directory.resolve(), directory)
+        for sweep in (path, *sorted(path.glob("*"))):
+            if (sweep / SWEEP_FILE).is_file():
+                trials += attempt(read_sweep, sweep) or []
     states = {trial["run"].resolve(): trial["state"] for trial in trials}
     for resolved, directory in directories.items():
         state = states.get(resolved)
         if state in ("waiting", "failed") and not has_begun(directory):
             continue
-        try:
-            run = read_run(directory)
-            if state in ("failed", "pruned"):  # of which the run knows nothing
-                run = replace(run, described_state=f"{state}: {run.described_state}")
+        if run := attempt(read_run, directory):
             runs.append(run)
-        except (LabError, OSError) as error:
-            damaged.append(_line(directory, error))
+            if state in ("failed", "pruned"):  # of which the run knows nothing
+                run.described_state = f"{state}: {run.described_state}"
     if paths and not runs and not any(trial["state"] == "failed" for trial in trials):
         raise LabError("; ".join(damaged) or f"{', '.join(map(str, paths))}: no run has begun yet")
     runs.sort(key=lambda run: run.best["val_loss"] if run.best else math.inf)
     names = Counter(run.name for run in runs)
-    return [replace(run, name=str(run.path)) if names[run.name] > 1 else run for run in runs], damaged, trials
+    for run in runs:
+        if names[run.name] > 1:
+            run.name = str(run.path)
+    return runs, damaged, trials
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
@@ -168,7 +151,7 @@ def over_seeds(runs: Sequence[Run], settings: Sequence[str]) -> list[dict[str, A
 
     Args:
         runs: All runs.
-        settings: What tells the groups apart.
+        settings: Config keys, without the seed's, in which the runs differ.
 
     Returns:
         Nothing where no setting has two seeds. A deviation is None where a group has fewer.
@@ -177,8 +160,7 @@ def over_seeds(runs: Sequence[Run], settings: Sequence[str]) -> list[dict[str, A
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.state == "finished" and run.config and run.best:
-            rest = {key: value for key, value in run.config.items() if key not in (SEED, *UNCOMPARED)}
-            groups.setdefault(repr(sorted(rest.items())), []).append(run)
+            groups.setdefault(repr([run.config.get(key) for key in settings]), []).append(run)
     found: list[dict[str, Any]] = []
     for group in groups.values():
         validation = [run.best["val_loss"] for run in group if run.best]
@@ -202,7 +184,3 @@ def over_seeds(runs: Sequence[Run], settings: Sequence[str]) -> list[dict[str, A
 def _validated_on(run: Run) -> dict[str, Any]:
     """What the validation split consists of, as far as the run has recorded it."""
     return {key: value for key, value in flatten(run.environment).items() if key.startswith(VALIDATED_ON)}
-
-
-def _line(path: Path, error: Exception) -> str:
-    return str(error) if isinstance(error, LabError) else f"{path}: {error}"

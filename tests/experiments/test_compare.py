@@ -488,9 +488,9 @@ OTHER_DATA = {"model": {"base": "tiny", "lr": 1e-4}, "data": {"template": "chatm
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"rows": ROWS + 1}, "conversations differ, row 100 has {100:,} supervised tokens in one and 0 in two"),
-        ({"shorter": 2}, "2 conversations differ, row 398 has {398:,} supervised tokens in one and 0 in two"),
-        ({"token": 1}, "1 conversations differ, row 107 has {107:,} supervised tokens in one and {new:,} in two"),
+        ({"rows": ROWS + 1}, "their conversations or masks differ, first in row 100; give both the same data.split"),
+        ({"shorter": 2}, "their conversations or masks differ, first in row 398;"),
+        ({"token": 1}, "their conversations or masks differ, first in row 107;"),
         ({"data_fingerprint": "77aa"}, "data_fingerprint is missing or differs, so the data or the tokens are not the"),
         (
             {"data_fingerprint": "77aa", "config": OTHER_DATA},

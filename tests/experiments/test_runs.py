@@ -103,7 +103,7 @@ class TestDamage:
             (
                 "environment.json",
                 '{"trainable_parameters": "many"}',
-                r"environment\.json: .*_parameters 'many'",
+                r"environment\.json: trainable_parameters is 'many'",
             ),
             ("environment.json", '{"total', r"environment\.json: is not a JSON object"),
             ("environment.json", "[]", r"environment\.json: is not a JSON object"),
@@ -227,7 +227,7 @@ class TestExamples:
     def test_in_the_order_of_the_rows(self, tmp_path: Path) -> None:
         content = "row,loss,supervised_tokens\r\n257,3.5,50\r\n148,4.25,50\r\n"
         examples = read_run(self.write(tmp_path / "a", content)).examples("test")
-        assert list(examples.items()) == [(148, (4.25, 50)), (257, (3.5, 50))]
+        assert examples == [(148, 4.25, 50), (257, 3.5, 50)]
 
     @pytest.mark.parametrize(
         ("rows", "line"),
