@@ -23,6 +23,7 @@ SEED = "seed_everything"  # runs that differ in nothing else are one setting ove
 # Where a run writes its results, and with what it names its parts; never what makes one run differ from another.
 UNCOMPARED = ("run_dir", "trainer.default_root_dir")
 DAMAGED = "the run directory is damaged"
+MOST = 2**63  # steps or parameters
 
 
 class Run:
@@ -63,9 +64,9 @@ class Run:
         self.config = files.flatten(files.read_yaml(path / CONFIG)) if (path / CONFIG).exists() else {}
         self.environment = _json(path / ENVIRONMENT)
         for key in ("total_steps", "trainable_parameters"):
-            if not isinstance(self.environment.get(key), int | None):
-                what = f"{key} is {self.environment[key]!r}, not a number"
-                raise LabError(f"{path / ENVIRONMENT}: {what}; {DAMAGED}")
+            value = self.environment.get(key)
+            if not isinstance(value, int | None) or (value or 0) >= MOST:
+                raise LabError(f"{path / ENVIRONMENT}: {key} is {value!r}, not a number of them; {DAMAGED}")
         self.total_steps: int | None = self.environment.get("total_steps")
         self.trainable_parameters: int | None = self.environment.get("trainable_parameters")
         self.metrics, damaged = rundir.read_metrics(path / METRICS)

@@ -105,6 +105,11 @@ class TestDamage:
                 '{"trainable_parameters": "many"}',
                 r"environment\.json: trainable_parameters is 'many'",
             ),
+            (
+                "environment.json",
+                f'{{"trainable_parameters": {"9" * 400}}}',
+                r"environment\.json: trainable_parameters is 9{400}, not a number of them",
+            ),
             ("environment.json", '{"total', r"environment\.json: is not a JSON object"),
             ("environment.json", "[]", r"environment\.json: is not a JSON object"),
             ("environment.json", b"\xff", r"environment\.json: is not a JSON object"),

@@ -110,6 +110,19 @@ class TestRanking:
         ]
         assert "Ranked by the lowest validation loss; the test split takes no part in the choice." in output.out
 
+    @pytest.mark.parametrize(
+        ("tokens", "words"),
+        [
+            *((2_975, "59.5 s"), (3_000, "1 min 0 s"), (57_420, "19 min 8 s"), (360_000, "2 h 0 min")),
+            (math.inf, "nan h nan min"),
+        ],
+    )
+    def test_times(self, tmp_path: Path, report: Any, tokens: float, words: str) -> None:
+        row = train_row(1, 1.0).replace(",100,60,100,50.0,", f",{tokens},60,100,50.0,")
+        write_run(tmp_path / "a", [row], total=1)
+        headings, rows = report(tmp_path / "a").table("Result")
+        assert rows[0][headings.index("time in steps")] == words
+
     def test_every_state_in_one_report(self, tmp_path: Path, report: Any) -> None:
         runs = tmp_path / "runs"
         write_run(runs / "done", lab_rows(BASELINE), total=1500)
