@@ -32,7 +32,7 @@ def main(sweep: Path) -> None:
     """Print the comparisons as Markdown."""
     pairs = LR + R
     found = [
-        compare(*(read_run(sweep / TRIALS / name) for name in pair), comparisons=len(pairs))  # each at 99 %
+        compare([read_run(sweep / TRIALS / name) for name in pair], comparisons=len(pairs))[0][0]  # each at 99 %
         for pair in pairs
     ]
     print("| from | to | test loss | | difference | 99 % interval |")

@@ -37,18 +37,15 @@ class Table:
     def markdown(self, *, marked: bool = False) -> str:
         """Markdown without a last line's end; `Best` cells are bold where ``marked``."""
         lines = [[_cell(cell, marked) for cell in row] for row in (self.columns, *self.rows)]
-        left = [column in self.text for column in self.columns]
-        widths = [max(3, *map(len, column)) if self.padded else 0 for column in zip(*lines, strict=True)]
-        dashes = [width + 2 if self.padded else 4 for width in widths]
-        rule = ["-" * n if is_left else "-" * (n - 1) + ":" for n, is_left in zip(dashes, left, strict=True)]
-        aligned = [
-            [
-                f" {cell.ljust(width) if is_left else cell.rjust(width)} " if cell or width else " "
-                for cell, width, is_left in zip(line, widths, left, strict=True)
-            ]
-            for line in lines
-        ]
-        return "\n".join(f"|{'|'.join(line)}|" for line in (aligned[0], rule, *aligned[1:]))
+        aligned = []
+        for name, column in zip(self.columns, zip(*lines, strict=True), strict=True):
+            is_left = name in self.text
+            width = max(3, *map(len, column)) if self.padded else 0
+            cells = [cell.ljust(width) if is_left else cell.rjust(width) for cell in column]
+            head, *rest = [f" {cell} " if cell else " " for cell in cells]
+            rule = "-" * (max(width, 2) + 1) + ("-" if is_left else ":")
+            aligned.append((head, rule, *rest))
+        return "\n".join(f"|{'|'.join(line)}|" for line in zip(*aligned, strict=True))
 
 
 def numbers(

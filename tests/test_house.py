@@ -15,7 +15,7 @@ FLOORS = (
     ("files",),
     ("hub", "rundir"),
     ("configs_lookup", "tables"),
-    ("losses", "plots"),
+    ("loss_table", "plots"),
     ("data", "models"),
     ("training",),
     ("experiments",),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_lab.plots import SHOWN, Curve, Panel, _style, curve, draw, limits, loss_curve, running_mean, saved
+from lightning_lab.plots import COLOURS, MARKERS, Curve, curve, draw, limits, loss_curve, running_mean, saved
 from lightning_lab.rundir import MetricsRow, read_metrics
 from tests.experiments.directories import HEADER, train_row, validation_row
 
@@ -41,10 +41,21 @@ def test_the_curve_of_metrics() -> None:
     assert found == Curve("a", [(1, 2.0), (2, 1.0)], [(1, 1.5)])
 
 
-def test_colours_markers_and_lines_tell_ten_runs_apart() -> None:
-    styles = [_style(place) for place in range(SHOWN)]
-    assert len({style["marker"] for style in styles}) == SHOWN
-    assert len({(style["color"], style["linestyle"]) for style in styles}) == SHOWN
+def test_validation_is_thick_and_training_thin_and_the_first_run_lies_on_top() -> None:
+    count = len(COLOURS) * len(MARKERS)
+    curves = [Curve(f"run {i}", [(1, 3.0 + i), (2, 2.0)], [(1, 2.0 + i), (2, 1.0 + i)]) for i in range(count)]
+    axes = draw({"": curves}).axes[0]
+    train, validation = axes.lines[::2], axes.lines[1::2]
+    assert all(line.get_linewidth() < 1 for line in train)
+    assert all(line.get_linewidth() > 1 for line in validation)
+    assert len({(line.get_color(), line.get_marker()) for line in validation}) == count  # all can be told apart
+    assert [line.get_color() for line in train] == [line.get_color() for line in validation]
+    assert [line.get_zorder() for line in validation] == sorted((v.get_zorder() for v in validation), reverse=True)
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [curve.name for curve in curves]
+    handles = [handle for handle in legend.legend_handles if handle is not None]
+    assert [handle.get_color() for handle in handles] == [line.get_color() for line in validation]  # type: ignore[attr-defined]
 
 
 def test_a_run_that_diverged_flattens_no_other() -> None:
@@ -53,23 +64,9 @@ def test_a_run_that_diverged_flattens_no_other() -> None:
     ends = limits([good, bad])
     assert ends is not None
     assert ends[0] < 0.8 < 1.0 < ends[1] < 2.0
-    assert limits([good]) is None
+    assert limits([good]) is limits([]) is None
     assert limits([Curve("nan", [], [(1, math.nan)])]) is None
-    part = draw([Panel("", [good, bad])]).subfigs[0]
-    assert [text.get_text() for text in part.legends[0].get_texts()][:2] == ["good", "bad\n(above the axes)"]
-    assert part.axes[0].get_ylim() == pytest.approx(ends)
-
-
-def test_further_runs_are_grey_and_one_line_of_the_legend() -> None:
-    curves = [Curve(f"run {i}", [], [(1, 2.0 + i), (2, 1.0 + i)]) for i in range(13)]
-    part = draw([Panel("", curves)]).subfigs[0]
-    labels = [text.get_text() for text in part.legends[0].get_texts()]
-    assert labels[9:12] == ["run 9", "3 further runs", "with markers: validation loss"]
-    assert len(part.legends[0].legend_handles) == len(labels)
-    lines = [line for line in part.axes[0].lines if len(line.get_xdata())]
-    assert len(lines) == 13
-    assert len({line.get_color() for line in lines[10:]}) == 1
-    assert [line.get_zorder() for line in lines] == sorted((line.get_zorder() for line in lines), reverse=True)
+    assert draw({"": [good, bad]}).axes[0].get_ylim() == pytest.approx(ends)
 
 
 def test_legend_and_axes_do_not_overlap() -> None:
@@ -79,16 +76,18 @@ def test_legend_and_axes_do_not_overlap() -> None:
         Curve(f"a_long_name_of_a_run_with_many_settings_in_it_{'x' * 40}_{i}", [(1, 2.0)], [(1, 2.0), (2, 1.0 + i)])
         for i in range(12)
     ]
-    for narrow in (False, True):
-        figure = draw([Panel("", curves), Panel("a title", curves[:4])], narrow=narrow)
-        FigureCanvasAgg(figure).draw()
-        boxes = []
-        for part in figure.subfigs:
-            boxes += [part.axes[0].get_tightbbox(), part.legends[0].get_window_extent()]
-        for place, box in enumerate(boxes):
-            assert figure.bbox.x0 <= box.x0 + 1
-            assert box.x1 <= figure.bbox.x1 + 1
-            assert not any(box.padded(-2).overlaps(other) for other in boxes[:place])
+    figure = draw({"a title": curves, "another": curves[:4]})
+    FigureCanvasAgg(figure).draw()
+    boxes = []
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        assert legend is not None
+        boxes += [axes.get_window_extent(), legend.get_window_extent()]
+    for place, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 + 1
+        assert box.x1 <= figure.bbox.x1 + 1
+        assert figure.bbox.y0 <= box.y0 + 1
+        assert not any(box.padded(-2).overlaps(other) for other in boxes[:place])
 
 
 @pytest.mark.filterwarnings("error")
@@ -108,6 +107,6 @@ def test_a_runs_own_curve_with_little_or_odd_to_draw(tmp_path: Path, rows: list[
 
 
 def test_nothing_to_draw_and_the_same_bytes_twice() -> None:
-    first, second = (saved(draw([Panel("", [])]), "svg") for _ in range(2))
+    first, second = (saved(draw({"": []}), "svg") for _ in range(2))
     assert first == second
     assert first.startswith(b"<?xml")

@@ -17,7 +17,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -27,7 +26,7 @@ from lightning_lab.experiments.compare import compare
 from lightning_lab.experiments.page import page
 from lightning_lab.experiments.runs import REPORT_FILES, SWEEP_FILE, read_run
 from lightning_lab.experiments.sections import comparison_markdown, document, ranking_table
-from lightning_lab.experiments.summary import Summary, published, summarise
+from lightning_lab.experiments.summary import Summary, find
 from lightning_lab.files import make_directory, write_whole
 
 
@@ -45,7 +44,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Written:
         LabError: Nothing could be read, or ``out`` cannot be written.
 
     """
-    summary = summarise(paths)
+    summary = Summary(paths)
     write(summary, out)
     return Written(ranking_table(summary).markdown(), summary.damaged)
 
@@ -57,22 +56,16 @@ def write(summary: Summary, out: Path) -> None:
         LabError: The directory cannot be written.
 
     """
-    several = len(summary.runs) > 1
-    names = [f"{rank}. {run.name}" if several else run.name for rank, run in enumerate(summary.runs, start=1)]
-    curves = [plots.curve(name, run.metrics) for name, run in zip(names, summary.runs, strict=True)]
-    panels = [plots.Panel("", curves)]
-    if summary.reference:
-        lab = published()
-        curves = []
-        for column in lab["runs"]:
-            train, validation = (list(zip(lab["steps"], column[key], strict=True)) for key in ("train", "validation"))
-            curves.append(plots.Curve(column["name"], train, validation))
-        panels.append(plots.Panel(lab["label"], curves, "training loss, mean of 250 steps"))
-    wide, narrow = (plots.draw(panels, narrow=narrow) for narrow in (False, True))
-    svgs = [plots.saved(figure, "svg") for figure in (wide, narrow)]
-    html = page(summary.title, document(summary, marked=True), *svgs).encode()
+    panels = {plots.OF_RUNS: [plots.curve(run.name, run.metrics) for run in summary.runs]}
+    if lab := summary.reference:
+        curves = panels[f"{lab['label']}; thin: mean of 250 steps"] = []
+        for run in lab["runs"]:
+            train, validation = (list(zip(lab["steps"], run[key], strict=True)) for key in ("train", "validation"))
+            curves.append(plots.Curve(run["name"], train, validation))
+    figure = plots.draw(panels)
     make_directory(out)
-    contents = document(summary).encode(), html, plots.saved(wide, "png")
+    html = page(summary.title, document(summary, marked=True), REPORT_FILES[-1], plots.saved(figure, "svg"))
+    contents: tuple[str | bytes, ...] = document(summary), html, plots.saved(figure, "png")
     for name, content in zip(REPORT_FILES, contents, strict=True):
         write_whole(out / name, content)
 
@@ -81,6 +74,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
     try:
         options = _parser().parse_args(argv)
+        for option in ("out", "reference") if options.compare else ("comparisons",):
+            if getattr(options, option) is not None:
+                raise LabError(f"--{option} is for {'a whole report' if options.compare else '--compare'}")
         return _compare(options) if options.compare else _report(options)
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -101,25 +97,23 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="*", type=Path, help="run, sweep, or folder of both")
     add("--json", action="store_true", help="one JSON object with everything, unrounded; no files without --out")
-    text = "the lab's published losses beside: seed (four runs of its experiment)"
-    add("--reference", choices=("seed",), help=text)
-    text = "only compare two runs: directories, or names of runs among those of RUN"
-    add("--compare", nargs=2, metavar=("A", "B"), help=text)
+    add("--reference", choices=("seed",), help="the lab's published losses beside: seed (four runs of its experiment)")
+    add(
+        "--compare", nargs=2, metavar=("A", "B"), help="only compare two runs: directories, or names among those of RUN"
+    )
     text = "with --compare: this is one of N comparisons whose intervals shall hold together (Bonferroni)"
-    add("--comparisons", type=int, default=1, metavar="N", help=text)
-    text = "on which to compare; needs its evaluation (default: test)"
-    add("--split", choices=("test", "validation"), default="test", help=text)
+    add("--comparisons", type=int, metavar="N", help=text)
+    add("--split", choices=("test", "validation"), default="test", help="on which to compare; needs its evaluation")
     text = "where to write; by default the sweep or the run itself, and for several runs `report` beside them"
     add("--out", type=Path, help=text)
     return parser
 
 
 def _report(options: argparse.Namespace) -> int:
-    if options.comparisons != 1:
-        raise LabError("--comparisons is for --compare; a whole report counts its comparisons itself")
     if not options.runs:
         raise LabError("report needs a RUN: a run directory, a sweep's directory or a folder of runs, such as runs")
-    summary = _read(options)
+    summary = Summary(options.runs, options.split, reference=bool(options.reference))
+    _say_damaged(summary.damaged)
     try:  # files first: whoever reads the output may stop early, such as `head`
         if options.out or not options.json:
             out = options.out or _default_out(options.runs, summary)
@@ -131,10 +125,9 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    for option, given in (("--out", options.out), ("--reference", options.reference)):
-        if given:
-            raise LabError(f"{option} is for a whole report; leave it out with --compare")
-    known = {run.name: run for run in _read(options).runs} if options.runs else {}
+    among, damaged, _ = find(options.runs)
+    _say_damaged(damaged)
+    known = {run.name: run for run in among}
     runs = []
     for name in options.compare:
         if name not in known and not Path(name).is_dir():
@@ -142,17 +135,18 @@ def _compare(options: argparse.Namespace) -> int:
             raise LabError(f"--compare {name}: no such run directory{there}")
         runs.append(known[name] if name in known else read_run(Path(name)))
     if runs[0].name == runs[1].name:
-        runs = [replace(run, name=str(run.path)) for run in runs]
-    found = compare(runs[0], runs[1], options.split, comparisons=options.comparisons)
-    print(_json(found.record()) if options.json else comparison_markdown(found), end="", flush=True)
+        for run in runs:
+            run.name = str(run.path)
+    found, refused = compare(runs, options.split, comparisons=options.comparisons)
+    if refused:
+        raise LabError(refused[0])
+    print(_json(found[0].record()) if options.json else comparison_markdown(found[0]), end="", flush=True)
     return 0
 
 
-def _read(options: argparse.Namespace) -> Summary:
-    summary = summarise(options.runs, split=options.split, reference=bool(options.reference))
-    for line in summary.damaged:
+def _say_damaged(lines: Sequence[str]) -> None:
+    for line in lines:
         print(f"error: {line}", file=sys.stderr)
-    return summary
 
 
 def _default_out(paths: Sequence[Path], summary: Summary) -> Path:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from lightning_lab import files, rundir
 from lightning_lab.errors import LabError
-from lightning_lab.losses import Loss, losses
-from lightning_lab.rundir import CONFIG, ENVIRONMENT, METRICS, MetricsRow
+from lightning_lab.loss_table import losses
+from lightning_lab.rundir import CONFIG, ENVIRONMENT, METRICS
 
-State = Literal["empty", "running", "stopped", "finished"]
 SWEEP_FILE = "sweep.json"  # what makes a directory a sweep's; its runs are in TRIALS
 TRIALS = "trials"
 REPORT_FILES = ("report.md", "report.html", "losses.png")  # written by `report`; they make no directory a run's
@@ -25,65 +23,99 @@ SEED = "seed_everything"  # runs that differ in nothing else are one setting ove
 # Where a run writes its results, and with what it names its parts; never what makes one run differ from another.
 UNCOMPARED = ("run_dir", "trainer.default_root_dir")
 DAMAGED = "the run directory is damaged"
+MOST = 2**63  # steps or parameters
 
 
-class Example(NamedTuple):
-    """A held-out conversation: mean negative log-likelihood of its supervised tokens in nats, and their number."""
-
-    loss: float
-    tokens: int
-
-
-@dataclass(frozen=True)
 class Run:
-    """What a run directory says.
+    """A run directory, read in whatever state it is.
+
+    Args:
+        path: The directory.
 
     Attributes:
         path: The directory.
         name: Its name, under which reports show it.
-        state: ``empty`` (nothing recorded), ``running``, ``stopped`` (crashed, killed or interrupted) or ``finished``.
-        described_state: In words, with how far the run is.
         config: The resolved config by dotted key, such as ``model.lr``; empty before ``fit`` has written one.
         environment: ``environment.json``.
         total_steps: Optimizer steps of the whole run, if it got as far as knowing them.
         trainable_parameters: Of the adapters.
-        evaluations: ``test.json``, ``validation.json``, ``test-base.json`` and so on, by the name before ``.json``.
         metrics: The rows of ``metrics.csv``.
-        train: Those with a training loss, by column; one an optimizer step.
-        validation: Those with a validation loss.
+        evaluations: ``test.json``, ``validation.json``, ``test-base.json`` and so on, by the name before ``.json``.
         step: The last that is recorded; 0 before the first.
+        state: ``empty`` (nothing recorded), ``running``, ``stopped`` (crashed, killed or interrupted) or ``finished``.
+        described_state: In words, with how far the run is.
         best: The validation with the lowest loss, the first of equal ones, as `fit` chooses ``best.ckpt``.
         losses: The lab's table.
         seconds: Time in optimizer steps; validations, samples and saving are not in it.
         tokens_per_second: Real tokens of all steps over their time.
         peak_memory_mib: Most memory of any step: reserved on CUDA, resident on a CPU.
 
+    Raises:
+        LabError: There is no such directory, it is not a run's, or one of its files is damaged (names the file, and
+            the line where there is one).
+
     """
 
-    path: Path
-    name: str
-    state: State
-    described_state: str
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    total_steps: int | None
-    trainable_parameters: int | None
-    evaluations: dict[str, dict[str, Any]]
-    metrics: list[MetricsRow]
-    train: list[dict[str, float]]
-    validation: list[dict[str, float]]
-    step: int
-    best: dict[str, float] | None
-    losses: list[Loss]
-    seconds: float
-    tokens_per_second: float | None
-    peak_memory_mib: float | None
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise LabError(f"{path}: no such run directory")
+        self.path = path
+        self.name = path.name or path.resolve().name
+        self.config = files.flatten(files.read_yaml(path / CONFIG)) if (path / CONFIG).exists() else {}
+        self.environment = _json(path / ENVIRONMENT)
+        for key in ("total_steps", "trainable_parameters"):
+            value = self.environment.get(key)
+            if not isinstance(value, int | None) or (value or 0) >= MOST:
+                raise LabError(f"{path / ENVIRONMENT}: {key} is {value!r}, not a number of them; {DAMAGED}")
+        self.total_steps: int | None = self.environment.get("total_steps")
+        self.trainable_parameters: int | None = self.environment.get("trainable_parameters")
+        self.metrics, damaged = rundir.read_metrics(path / METRICS)
+        if damaged:
+            row = "is not a row of numbers, or its step comes twice"
+            what = "lacks the columns step, train_loss and val_loss" if damaged[0] == 1 else row
+            raise LabError(f"{path / METRICS} line {damaged[0]}: {what}; {DAMAGED}")
+        names = [f"{split}{base}" for split in ("train", "validation", "test") for base in ("", "-base")]
+        found = {name: path / f"{name}.json" for name in names if (path / f"{name}.json").is_file()}
+        self.evaluations = {name: _evaluation(file) for name, file in found.items()}
+        recorded = bool(self.config or self.environment or self.metrics or self.evaluations)
+        own = {rundir.LOCK, rundir.CHECKPOINTS, "tensorboard", *REPORT_FILES}
+        if not recorded and any(entry.name not in own for entry in path.iterdir()):
+            raise LabError(f"{path}: is not a run directory (it has none of {', '.join(RUN_FILES)})")
 
-    def examples(self, split: str) -> dict[int, Example]:
-        """Read ``<split>_examples.csv``: each conversation by its row in the source, in the order of the rows.
+        train = [row.values for row in self.metrics if "train_loss" in row.values]
+        validation = [row.values for row in self.metrics if "train_loss" not in row.values]
+        self.step = int(max((row.values["step"] for row in self.metrics), default=0))
+        total, patience = self.total_steps, self.config.get("early_stopping")
+        done = total is not None and bool(validation) and validation[-1]["step"] >= total
+        early = isinstance(patience, int) and rundir.stopped_early([row["val_loss"] for row in validation], patience)
+        progress = f"at step {self.step:,}" + (f" of {total:,}" if total else "")
+        self.state, self.described_state = "stopped", f"stopped {progress}"
+        if rundir.is_locked(path):
+            self.state, self.described_state = "running", f"running {progress}"
+        elif not recorded:
+            self.state, self.described_state = "empty", "empty: nothing recorded yet"
+        elif done or early:
+            described = f"finished, {self.step:,} steps" if done else f"finished early {progress}"
+            self.state, self.described_state = "finished", described
+
+        finite = [row for row in validation if math.isfinite(row["val_loss"])]
+        self.best = min(finite, key=lambda row: row["val_loss"], default=None)
+        self.losses = losses(self.metrics)
+        timed = [row for row in train if row.get("tokens_per_second")]
+        self.seconds = sum(row.get("tokens", 0.0) / row["tokens_per_second"] for row in timed)
+        tokens = sum(row.get("tokens", 0.0) for row in timed)
+        self.tokens_per_second = tokens / self.seconds if self.seconds else None
+        self.peak_memory_mib = max((row["peak_memory_mib"] for row in train if "peak_memory_mib" in row), default=None)
+
+    def examples(self, split: str) -> list[tuple[float, float, float]]:
+        """Read ``<split>_examples.csv``.
+
+        Returns:
+            Of each conversation its row in the source, by which they are sorted, the mean negative log-likelihood of
+            its supervised tokens in nats, and their number.
 
         Raises:
-            LabError: The split has not been evaluated, or the file is damaged.
+            LabError: The split has not been evaluated, or the file is damaged or contradicts ``<split>.json``.
 
         """
         path = self.path / f"{split}_examples.csv"
@@ -91,92 +123,36 @@ class Run:
             command = "validate" if split.startswith("validation") else "test"
             how = f"{command} --run_dir {self.path} --ckpt_path {'base' if split.endswith('-base') else 'best'}"
             raise LabError(f"{path}: not there; make it with `python -m lightning_lab {how}`")
-        found: dict[int, Example] = {}
+        found = {}
         header, *lines = path.read_text(errors="replace").splitlines() or [""]
         for line, text in enumerate(lines, start=2):
             cells = dict(zip(header.split(","), text.split(","), strict=False))
             try:
-                row, example = int(cells["row"]), Example(float(cells["loss"]), int(cells["supervised_tokens"]))
+                row = float(cells["row"])
+                found[row] = row, float(cells["loss"]), float(cells["supervised_tokens"])
             except (KeyError, ValueError):
                 raise LabError(f"{path} line {line}: needs row, loss and supervised_tokens; evaluate again") from None
-            if row in found or example.tokens < 1:
-                what = "comes twice" if row in found else "has no supervised tokens"
-                raise LabError(f"{path}: row {row} {what}; evaluate {self.name} again")
-            found[row] = example
-        if not found:
-            raise LabError(f"{path}: holds no conversation; evaluate again")
-        return dict(sorted(found.items()))
+        tokens = sum(count for _, _, count in found.values())
+        loss = sum(mean * count for _, mean, count in found.values()) / (tokens or math.nan)
+        recorded = self.evaluations.get(split, {})
+        recorded_loss = recorded.get(f"{split.removesuffix('-base')}_loss", math.nan)
+        # Both come from the same float64 sums, so that anything beyond rounding is damage, or another evaluation.
+        same = math.isfinite(loss) and math.isclose(loss, recorded_loss, rel_tol=1e-6)
+        if not same or tokens != recorded.get("supervised_tokens"):
+            what = f"has a loss of {loss:.6f} over {tokens:.0f} supervised tokens"
+            said = f"{split}.json says {recorded_loss:.6f} over {recorded.get('supervised_tokens')}"
+            raise LabError(f"{path}: {what}, {said}; train or evaluate {self.name} again")
+        return sorted(found.values())
 
 
 def read_run(path: Path) -> Run:
-    """Read a run directory in whatever state it is.
+    """Read a run directory.
 
     Raises:
-        LabError: There is no such directory, it is not a run's, or one of its files is damaged (names the file, and
-            the line where there is one).
+        LabError: As `Run`.
 
     """
-    if not path.is_dir():
-        raise LabError(f"{path}: no such run directory")
-    config = files.flatten(files.read_yaml(path / CONFIG)) if (path / CONFIG).exists() else {}
-    environment = _json(path / ENVIRONMENT)
-    total, trainable = (environment.get(key) for key in ("total_steps", "trainable_parameters"))
-    if not isinstance(total, int | None) or not isinstance(trainable, int | None):
-        what = f"total_steps is {total!r}, trainable_parameters {trainable!r}, not numbers"
-        raise LabError(f"{path / ENVIRONMENT}: {what}; {DAMAGED}")
-    metrics, damaged = rundir.read_metrics(path / METRICS)
-    if damaged:
-        row = "is not a row of numbers, or its step comes twice"
-        what = "lacks the columns step, train_loss and val_loss" if damaged[0] == 1 else row
-        raise LabError(f"{path / METRICS} line {damaged[0]}: {what}; {DAMAGED}")
-    names = [f"{split}{base}" for split in ("train", "validation", "test") for base in ("", "-base")]
-    evaluations = {name: _evaluation(path / f"{name}.json") for name in names if (path / f"{name}.json").is_file()}
-    recorded = bool(config or environment or metrics or evaluations)
-    own = {rundir.LOCK, rundir.CHECKPOINTS, "tensorboard", *REPORT_FILES}
-    if not recorded and any(entry.name not in own for entry in path.iterdir()):
-        raise LabError(f"{path}: is not a run directory (it has none of {', '.join(RUN_FILES)})")
-
-    train = [row.values for row in metrics if "train_loss" in row.values]
-    validation = [row.values for row in metrics if "train_loss" not in row.values]
-    finite = [row for row in validation if math.isfinite(row["val_loss"])]
-    timed = [row for row in train if row.get("tokens_per_second")]
-    seconds = sum(row.get("tokens", 0.0) / row["tokens_per_second"] for row in timed)
-    patience = config.get("early_stopping")
-    early = isinstance(patience, int) and rundir.stopped_early([row["val_loss"] for row in validation], patience)
-    done = total is not None and bool(validation) and validation[-1]["step"] >= total
-    state: State = "empty" if not recorded else "finished" if done or early else "stopped"
-    if rundir.is_locked(path):
-        state = "running"
-    step = int(max((row["step"] for row in (*train[-1:], *validation[-1:])), default=0))
-    return Run(
-        path=path,
-        name=path.name or path.resolve().name,
-        state=state,
-        described_state=_described(state, step, total),
-        config=config,
-        environment=environment,
-        total_steps=total,
-        trainable_parameters=trainable,
-        evaluations=evaluations,
-        metrics=metrics,
-        train=train,
-        validation=validation,
-        step=step,
-        best=min(finite, key=lambda row: row["val_loss"], default=None),
-        losses=losses(metrics),
-        seconds=seconds,
-        tokens_per_second=sum(row.get("tokens", 0.0) for row in train) / seconds if seconds else None,
-        peak_memory_mib=max((row["peak_memory_mib"] for row in train if "peak_memory_mib" in row), default=None),
-    )
-
-
-def _described(state: State, step: int, total: int | None) -> str:
-    if state == "empty":
-        return "empty: nothing recorded yet"
-    if state == "finished" and (not total or step >= total):
-        return f"finished, {step:,} steps"
-    early = " early" if state == "finished" else ""
-    return f"{state}{early} at step {step:,}" + (f" of {total:,}" if total else "")
+    return Run(path)
 
 
 def read_sweep(directory: Path) -> list[dict[str, Any]]:
@@ -205,26 +181,21 @@ def read_sweep(directory: Path) -> list[dict[str, Any]]:
     return found
 
 
-def run_directories(paths: Sequence[Path]) -> list[Path]:
+def run_directories(path: Path) -> list[Path]:
     """Expand what a report is asked for: a sweep stands for its trials, a folder for the runs and sweeps in it.
 
     Raises:
-        LabError: A path does not exist, or holds neither a run nor runs.
+        LabError: The path does not exist.
 
     """
-    found: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            raise LabError(f"{path}: no such run directory")
-        trials = path / TRIALS
-        if (path / SWEEP_FILE).is_file() or trials.is_dir():
-            found += sorted(entry for entry in trials.glob("*") if entry.is_dir())
-        elif has_begun(path):
-            found.append(path)
-        else:
-            inner = [entry for entry in sorted(path.iterdir()) if has_begun(entry) or (entry / SWEEP_FILE).exists()]
-            found += run_directories(inner) if inner else [path]
-    return list(dict.fromkeys(found))
+    if not path.is_dir():
+        raise LabError(f"{path}: no such run directory")
+    if (path / SWEEP_FILE).is_file() or (path / TRIALS).is_dir():
+        return sorted(entry for entry in path.glob(f"{TRIALS}/*") if entry.is_dir())
+    inner = [entry for entry in sorted(path.iterdir()) if has_begun(entry) or (entry / SWEEP_FILE).exists()]
+    if has_begun(path) or not inner:
+        return [path]
+    return [directory for entry in inner for directory in run_directories(entry)]
 
 
 def has_begun(path: Path) -> bool:
@@ -248,7 +219,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _evaluation(path: Path) -> dict[str, Any]:
     content = _json(path)
-    numbers = [f"{path.stem.removesuffix('-base')}_{kind}" for kind in ("loss", "perplexity", "token_accuracy")]
-    if not all(isinstance(content.get(key), int | float) for key in numbers):
-        raise LabError(f"{path}: lacks one of {', '.join(numbers)}; evaluate again")
-    return content
+    keys = [f"{path.stem.removesuffix('-base')}_{kind}" for kind in ("loss", "perplexity", "token_accuracy")]
+    try:
+        return content | {key: float(content[key]) for key in keys}
+    except (KeyError, TypeError, ValueError, OverflowError):  # OverflowError: an integer of 400 digits
+        raise LabError(f"{path}: lacks one of {', '.join(keys)}, or it is no number; evaluate again") from None

@@ -20,15 +20,7 @@ from hypothesis import strategies as st
 
 from lightning_lab.errors import LabError
 from lightning_lab.experiments import compare as module
-from lightning_lab.experiments.compare import (
-    BEYOND_EACH_END,
-    MIN_CONVERSATIONS,
-    Comparison,
-    Interval,
-    bootstrap,
-    compare,
-    compare_to_first,
-)
+from lightning_lab.experiments.compare import BEYOND_EACH_END, MIN_CONVERSATIONS, Comparison, Interval, bootstrap
 from lightning_lab.experiments.runs import Run, read_run
 
 # -- losses whose difference is known ------------------------------------------------------------------------------
@@ -50,7 +42,7 @@ def bootstrap_difference(
     nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, **options: Any
 ) -> tuple[float, Interval]:
     """The difference of two runs alone."""
-    return bootstrap([nll_a / tokens, nll_b / tokens], tokens, **options)[-1]
+    return bootstrap(nll_a / tokens, nll_b / tokens, tokens, **options)[-1]
 
 
 def true_differences() -> tuple[float, float]:
@@ -69,8 +61,8 @@ def coverage(draws: int, conversations: int, level: float = 0.95, seed: int = 0)
     rng = np.random.default_rng(seed)
     truths = true_differences()
     covered = np.zeros(2)
-    for i in range(draws):
-        _, interval = bootstrap_difference(*draw(rng, conversations), level=level, resamples=999, seed=i)
+    for _ in range(draws):
+        _, interval = bootstrap_difference(*draw(rng, conversations), level=level, resamples=999)
         covered += [interval.low <= truth <= interval.high for truth in truths]
     weighted, unweighted = covered / draws
     return weighted, unweighted
@@ -125,8 +117,8 @@ def numpy_bca(nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, level: f
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
 def test_a_plain_percentile_bootstrap_agrees(level: float) -> None:
-    data = draw(np.random.default_rng(5), 1000)  # enough for BCa to correct little
-    difference, interval = bootstrap_difference(*data, level=level, resamples=20_000, seed=1)
+    data = draw(np.random.default_rng(5), 2000)  # enough for BCa to correct little
+    difference, interval = bootstrap_difference(*data, level=level, resamples=20_000)
     low, high = numpy_percentile(*data, level)
     # Monte Carlo sd of an end: 0.007 of the width at 95 %, 0.006 at 80 %
     assert [interval.low, interval.high] == pytest.approx([low, high], abs=0.05 * (high - low))
@@ -138,7 +130,7 @@ def test_the_interval_is_bias_corrected_and_accelerated() -> None:
     tokens = np.ceil(rng.lognormal(5, 0.3, 60))
     loss = rng.gamma(4.0, 0.3, 60)
     data = loss * tokens, (loss + rng.lognormal(-4, 1.2, 60)) * tokens, tokens
-    _, interval = bootstrap_difference(*data, level=0.95, resamples=40_000, seed=1)
+    _, interval = bootstrap_difference(*data, level=0.95, resamples=40_000)
     low, high = numpy_bca(*data, 0.95)
     assert [interval.low, interval.high] == pytest.approx([low, high], abs=0.02 * (high - low))
     plain = numpy_percentile(*data, 0.95)
@@ -147,8 +139,8 @@ def test_the_interval_is_bias_corrected_and_accelerated() -> None:
 
 def test_pairing_sees_what_two_intervals_would_not() -> None:
     nll_a, nll_b, tokens = draw(np.random.default_rng(7), 300)
-    _, paired = bootstrap_difference(nll_a, nll_b, tokens, level=0.95, resamples=2000, seed=1)
-    _, unpaired = bootstrap_difference(nll_a[::-1], nll_b, tokens, level=0.95, resamples=2000, seed=1)
+    _, paired = bootstrap_difference(nll_a, nll_b, tokens, level=0.95, resamples=2000)
+    _, unpaired = bootstrap_difference(nll_a[::-1], nll_b, tokens, level=0.95, resamples=2000)
     assert paired.high - paired.low < 0.2 * (unpaired.high - unpaired.low)
 
 
@@ -161,7 +153,7 @@ def test_fifty_resamples_lie_beyond_each_end(monkeypatch: pytest.MonkeyPatch, le
     monkeypatch.setattr(
         scipy.stats, "bootstrap", lambda *args, **kwargs: seen.update(kwargs) or original(*args, **kwargs)
     )
-    bootstrap_difference(*draw(np.random.default_rng(8), 30), level=level, resamples=asked, seed=1)
+    bootstrap_difference(*draw(np.random.default_rng(8), 30), level=level, resamples=asked)
     assert seen["n_resamples"] >= asked
     assert seen["n_resamples"] * (1 - level) / 2 == pytest.approx(50, abs=0.03) or seen["n_resamples"] == asked
     assert seen["n_resamples"] * (1 - level) / 2 > 49.999
@@ -170,9 +162,9 @@ def test_fifty_resamples_lie_beyond_each_end(monkeypatch: pytest.MonkeyPatch, le
 
 def test_memory_does_not_grow_with_the_split() -> None:
     data = draw(np.random.default_rng(9), 4000)
-    bootstrap_difference(*(part[:50] for part in data), level=0.95, resamples=2000, seed=1)  # what imports take
+    bootstrap_difference(*(part[:50] for part in data), level=0.95, resamples=2000)  # what imports take
     tracemalloc.start()
-    bootstrap_difference(*data, level=0.95, resamples=2000, seed=1)
+    bootstrap_difference(*data, level=0.95, resamples=2000)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 16 * 2**20  # 2,000 resamples at once would be 61 MiB an array, the jackknife's indices 122 MiB
@@ -183,7 +175,7 @@ def test_the_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for values in (1, 1000, 10**7):
         monkeypatch.setattr(module, "BATCH_VALUES", values)
-        results.append(bootstrap_difference(*data, level=0.95, resamples=2000, seed=1))
+        results.append(bootstrap_difference(*data, level=0.95, resamples=2000))
     assert results[0] == results[1] == results[2]
 
 
@@ -196,8 +188,8 @@ def test_importing_it_is_light() -> None:
 @given(seed=st.integers(0, 2**32), conversations=st.integers(20, 80), level=st.floats(0.5, 0.99))
 def test_swapping_mirrors_the_interval(seed: int, conversations: int, level: float) -> None:
     nll_a, nll_b, tokens = draw(np.random.default_rng(seed), conversations)
-    difference, interval = bootstrap_difference(nll_a, nll_b, tokens, level=level, resamples=500, seed=seed)
-    swapped, mirrored = bootstrap_difference(nll_b, nll_a, tokens, level=level, resamples=500, seed=seed)
+    difference, interval = bootstrap_difference(nll_a, nll_b, tokens, level=level, resamples=500)
+    swapped, mirrored = bootstrap_difference(nll_b, nll_a, tokens, level=level, resamples=500)
     # at a tie with the estimate, rounding may move one resample in at least 500 across it
     width = interval.high - interval.low
     assert swapped == -difference
@@ -208,8 +200,8 @@ def test_swapping_mirrors_the_interval(seed: int, conversations: int, level: flo
 @given(seed=st.integers(0, 2**32), factor=st.integers(2, 50))
 def test_only_the_proportions_of_the_token_counts_matter(seed: int, factor: int) -> None:
     nll_a, nll_b, tokens = draw(np.random.default_rng(seed), 40)
-    once = bootstrap_difference(nll_a, nll_b, tokens, level=0.9, resamples=500, seed=3)
-    many = bootstrap_difference(factor * nll_a, factor * nll_b, factor * tokens, level=0.9, resamples=500, seed=3)
+    once = bootstrap_difference(nll_a, nll_b, tokens, level=0.9, resamples=500)
+    many = bootstrap_difference(factor * nll_a, factor * nll_b, factor * tokens, level=0.9, resamples=500)
     width = once[1].high - once[1].low
     assert many[0] == pytest.approx(once[0], abs=1e-12)
     assert [many[1].low, many[1].high] == pytest.approx([once[1].low, once[1].high], abs=0.02 * width)
@@ -261,6 +253,21 @@ def write_run(
     return read_run(path)
 
 
+def compare(a: Run, b: Run, split: str = "test", **options: Any) -> Comparison:
+    """One pair, which is not refused."""
+    (found,), refused = module.compare([a, b], split, **options)
+    assert not refused
+    return found
+
+
+def refusal(a: Run, b: Run) -> str:
+    """Why two runs cannot be compared."""
+    found, (line,) = module.compare([a, b])
+    assert not found
+    assert "\n" not in line
+    return line
+
+
 def test_the_difference_is_token_weighted(tmp_path: Path) -> None:
     tokens = np.array([1] * 10 + [3] * 10)
     b = np.array([0.9] * 10 + [1.2] * 10)
@@ -290,7 +297,7 @@ def test_all_intervals_agree_with_numpy(tmp_path: Path) -> None:
     ):
         low, high = np.quantile(resampled, [0.025, 0.975])
         assert [interval.low, interval.high] == pytest.approx([low, high], abs=0.1 * (high - low))  # BCa and chance
-    core = bootstrap([loss_a, loss_b], tokens)
+    core = bootstrap(loss_a, loss_b, tokens)
     assert core == [
         (comparison.loss_a, comparison.loss_a_interval),
         (comparison.loss_b, comparison.loss_b_interval),
@@ -306,7 +313,7 @@ def test_a_real_difference_is_found_and_said(tmp_path: Path) -> None:
     assert swapped.is_real
     assert comparison.difference < 0 < swapped.difference
     assert swapped.interval.low > 0
-    number = r"(\d\.\d{4})"
+    number = r"(0\.0\d{3,4})"
     sentence = (
         rf"lr3e-4_r32 is better than lr3e-4_r16 by {number} nats a token, "
         rf"95 % interval {number} to {number}, 300 conversations"
@@ -315,8 +322,8 @@ def test_a_real_difference_is_found_and_said(tmp_path: Path) -> None:
         numbers = re.fullmatch(sentence, found.sentence)
         assert numbers, found.sentence
         by, low, high = map(float, numbers.groups())
-        assert by == pytest.approx(abs(found.difference), abs=6e-5)
-        assert [low, high] == pytest.approx(sorted([abs(found.interval.low), abs(found.interval.high)]), abs=6e-5)
+        assert by == pytest.approx(abs(found.difference), rel=6e-3)
+        assert [low, high] == pytest.approx(sorted([abs(found.interval.low), abs(found.interval.high)]), rel=6e-3)
         assert low < by < high
 
 
@@ -325,30 +332,25 @@ def test_no_difference_is_found_where_there_is_none(tmp_path: Path) -> None:
     comparison = compare(a, b)
     assert not comparison.is_real
     assert comparison.interval.low < 0 < comparison.interval.high
-    number = r"-?0\.\d{4}"
-    assert re.fullmatch(
-        f"no difference can be seen between X and Y: {number}, 95 % interval -{number} to {number}, 300 conversations",
-        comparison.sentence,
+    number = r"0\.\d{4,6}"
+    sentence = (
+        rf"no difference can be seen between X and Y: -?{number}, 95 % interval -{number} to {number}, 300 conv.*"
     )
+    assert re.fullmatch(sentence, comparison.sentence)
 
 
 def test_sentences() -> None:
     base = made(-0.0003, -0.0012, 0.0007)
     assert base.sentence == (
-        "no difference can be seen between X and Y: -0.0003, 95 % interval -0.0012 to 0.0007, 1,500 conversations"
+        "no difference can be seen between X and Y: -0.000300, 95 % interval -0.00120 to 0.000700, 1,500 conversations"
     )
     assert made(-0.008, -0.01, -0.006).sentence == (
-        "Y is better than X by 0.0080 nats a token, 95 % interval 0.0060 to 0.0100, 1,500 conversations"
+        "Y is better than X by 0.00800 nats a token, 95 % interval 0.00600 to 0.0100, 1,500 conversations"
     )
     assert made(0.008, 0.006, 0.01, comparisons=3, level=1 - 0.05 / 3).sentence == (
-        "X is better than Y by 0.0080 nats a token, 95 % interval 0.0060 to 0.0100, 1,500 conversations, "
+        "X is better than Y by 0.00800 nats a token, 95 % interval 0.00600 to 0.0100, 1,500 conversations, "
         "corrected for 3 comparisons"
     )
-    assert made(-0.0004, -0.0008, -0.00002).sentence.startswith(
-        "Y is better than X by 0.00040 nats a token, 95 % interval 0.00002 to 0.00080,"
-    )
-    assert "0.600020 nats a token, 95 % interval 0.600018 to 0.600023" in made(0.60002, 0.600018, 0.600023).sentence
-    assert "X and Y: 0.0000, 95 % interval -0.0012 to 0.0012" in made(-0.00001, -0.0012, 0.0012).sentence
     assert "99.9 % interval" in made(0.1, -0.1, 0.2, family_level=0.999).sentence
 
 
@@ -371,8 +373,7 @@ def test_the_sentence_never_prints_an_end_as_zero(low: float, width: float, at: 
     for end, shown in zip(ends, printed, strict=True):
         assert (end > 0) == (shown > 0)
         assert (end < 0) == (shown < 0)
-    if width > 1e-5:
-        assert printed[0] < printed[1]
+        assert shown == pytest.approx(end, rel=5.1e-3)
 
 
 def test_equal_runs_differ_by_nothing_and_nobody_is_warned(tmp_path: Path) -> None:
@@ -384,7 +385,7 @@ def test_equal_runs_differ_by_nothing_and_nobody_is_warned(tmp_path: Path) -> No
     assert comparison.interval == Interval(0.0, 0.0)
     assert not comparison.is_real
     assert comparison.sentence == (
-        "no difference can be seen between a and b: 0.0000, 95 % interval 0.0000 to 0.0000, 300 conversations"
+        "no difference can be seen between a and b: 0.00, 95 % interval 0.00 to 0.00, 300 conversations"
     )
     assert comparison.loss_a_interval.low < comparison.loss_a < comparison.loss_a_interval.high
 
@@ -403,7 +404,7 @@ def test_a_constant_difference_that_rounds_is_printed_without_the_rounding(tmp_p
     loss, tokens = losses(1)
     a, b = write_run(tmp_path / "a", loss, tokens), write_run(tmp_path / "b", loss + 0.1, tokens)
     assert compare(a, b).sentence == (
-        "a is better than b by 0.1000 nats a token, 95 % interval 0.1000 to 0.1000, 300 conversations"
+        "a is better than b by 0.100 nats a token, 95 % interval 0.100 to 0.100, 300 conversations"
     )
 
 
@@ -426,14 +427,6 @@ def test_the_order_of_the_rows_does_not_matter(tmp_path: Path) -> None:
     assert compare(shuffled, a) == compare(b, a)
 
 
-def test_the_seed_decides(tmp_path: Path) -> None:
-    a, b = write_run(tmp_path / "a", *losses(1)), write_run(tmp_path / "b", *losses(2))
-    assert compare(a, b) == compare(a, b, seed=3407)
-    other = compare(a, b, seed=1)
-    assert other.difference == compare(a, b).difference
-    assert other.interval != compare(a, b).interval
-
-
 def test_another_split(tmp_path: Path) -> None:
     a, b = (
         write_run(tmp_path / name, *losses(seed), split="validation-base", validation_loss=mean_of(*losses(seed)),
@@ -449,7 +442,7 @@ def mean_of(loss: np.ndarray, tokens: np.ndarray) -> float:
 
 def test_bonferroni(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"run{i}", *losses(i + 1, better_by=-0.004 * i)) for i in range(4)]
-    found, refused = compare_to_first(runs)
+    found, refused = module.compare(runs)
     assert refused == []
     assert [(c.a, c.b) for c in found] == [("run0", "run1"), ("run0", "run2"), ("run0", "run3")]
     for comparison, run in zip(found, runs[1:], strict=True):
@@ -465,22 +458,14 @@ def test_bonferroni(tmp_path: Path) -> None:
         # two-sided 1.667 % against 5 % of a normal: 2.394 / 1.960 as wide
         ratio = (comparison.interval.high - comparison.interval.low) / (alone.interval.high - alone.interval.low)
         assert ratio == pytest.approx(1.2215, rel=0.06)
-    assert compare_to_first(runs[:2]) == ([compare(*runs[:2])], [])
-    assert compare_to_first(runs[:1]) == compare_to_first([]) == ([], [])
-
-
-def test_runs_that_share_each_draw_give_what_each_gives_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TOGETHER", 3)
-    runs = [write_run(tmp_path / f"run{i}", *losses(i + 1, better_by=-0.004 * i)) for i in range(6)]
-    found, _ = compare_to_first(runs)
-    assert found == [compare(runs[0], run, comparisons=5) for run in runs[1:]]
+    assert module.compare(runs[:1]) == module.compare([]) == ([], [])
 
 
 def test_refusing_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loss, tokens = losses(1)
     runs = [write_run(tmp_path / f"run{i}", loss, tokens, data_fingerprint=f"{i}") for i in range(4)]
     monkeypatch.setattr(module, "bootstrap", lambda *args, **kwargs: pytest.fail("drew resamples"))
-    found, refused = compare_to_first(runs)
+    found, refused = module.compare(runs)
     assert found == []
     assert len(refused) == 3
 
@@ -503,89 +488,65 @@ OTHER_DATA = {"model": {"base": "tiny", "lr": 1e-4}, "data": {"template": "chatm
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            {"rows": ROWS + 1},
-            "the conversations differ, 1 in one alone (first row 100) and 1 in two alone (first row 400)",
-        ),
-        ({"shorter": 2}, "the conversations differ, 2 in one alone (first row 398)"),
-        (
-            {"token": 1},
-            "their masks differ in 1 conversations; row 107 has {old} supervised tokens in one and {new} in two",
-        ),
-        ({"data_fingerprint": "77aa"}, "their data_fingerprint differs, so the data or the tokens are not the same"),
+        ({"rows": ROWS + 1}, "their conversations or masks differ, first in row 100; give both the same data.split"),
+        ({"shorter": 2}, "their conversations or masks differ, first in row 398;"),
+        ({"token": 1}, "their conversations or masks differ, first in row 107;"),
+        ({"data_fingerprint": "77aa"}, "data_fingerprint is missing or differs, so the data or the tokens are not the"),
         (
             {"data_fingerprint": "77aa", "config": OTHER_DATA},
             "not the same (they differ in data.max_length, data.template)",
         ),
-        ({"data_fingerprint": None}, "two lacks data_fingerprint; evaluate it again"),
-        ({"supervised_tokens": 12}, " over 12; evaluate two again"),
-        ({"supervised_tokens": None}, " over None; evaluate two again"),
-        ({"test_loss": 1.5}, "test.json says 1.500000 over "),
-        ({"at_row": float("nan")}, "row 107 of two has a loss of nan"),
-        ({"at_row": float("inf")}, "row 107 of two has a loss of inf"),
+        ({"data_fingerprint": None}, "their data_fingerprint is missing or differs"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     loss, tokens = losses(2)
     change = dict(change)
-    said = said.format(old=f"{tokens[7]:,}", new=f"{tokens[7] + 1:,}")
+    said = re.sub(r"{(\d+)", lambda row: f"{{tokens[{int(row[1]) - 100}]", said).format(
+        tokens=tokens, new=tokens[7] + 1
+    )
     tokens[7] += change.pop("token", 0)
-    loss[7] = change.pop("at_row", loss[7])
     cut = 300 - change.pop("shorter", 0)
     two = write_run(tmp_path / "two", loss[:cut], tokens[:cut], **change)
     one = write_run(tmp_path / "one", *losses(1))
-    with pytest.raises(LabError) as error:
-        compare(one, two)
-    assert str(error.value).startswith("one and two cannot be compared on test: ")
-    assert said in str(error.value)
-    assert "\n" not in str(error.value)
-    with pytest.raises(LabError, match="^two and one cannot be compared on test: "):
-        compare(two, one)
-    found, refused = compare_to_first([one, one, two])
+    line = refusal(one, two)
+    assert line.startswith("one and two cannot be compared on test: ")
+    assert said in line
+    assert refusal(two, one).startswith("two and one cannot be compared on test: ")
+    found, refused = module.compare([one, one, two])
     assert found == [compare(one, one)]  # one that is refused does not count
-    assert refused == [str(error.value)]
-
-
-def test_a_loss_that_is_not_finite_in_both_is_refused(tmp_path: Path) -> None:
-    loss, tokens = losses(1)
-    loss[3] = np.nan
-    a, b = (write_run(tmp_path / name, loss, tokens) for name in ("a", "b"))
-    with pytest.raises(LabError, match="a and b cannot be compared on test: row 103 of a has a loss of nan"):
-        compare(a, b)
+    assert refused == [line]
 
 
 @pytest.mark.parametrize("conversations", [1, MIN_CONVERSATIONS - 1])
 def test_too_few_conversations_are_refused(tmp_path: Path, conversations: int) -> None:
     a, b = (write_run(tmp_path / name, *losses(seed, 0.0, conversations)) for name, seed in (("a", 1), ("b", 2)))
-    with pytest.raises(LabError, match=f"a and b .* needs at least 20, the split has {conversations}$"):
-        compare(a, b)
+    assert refusal(a, b).endswith(f"needs at least 20, the split has {conversations}")
     enough = [write_run(tmp_path / "enough" / name, *losses(1, 0.0, MIN_CONVERSATIONS)) for name in ("a", "b")]
     assert compare(*enough).conversations == 20
 
 
 def test_a_split_that_was_not_evaluated_is_refused(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a", *losses(1)), write_run(tmp_path / "b", *losses(2), split="validation")
-    with pytest.raises(LabError, match=r"b/test_examples.csv: not there"):
-        compare(a, b)
-    (tmp_path / "a" / "test.json").unlink()
-    with pytest.raises(LabError, match=r"a/test.json: not there, but test_examples.csv is; evaluate a again"):
-        compare(read_run(tmp_path / "a"), a)
+    assert "b/test_examples.csv: not there" in refusal(a, b)
+    assert module.compare([b, a, a])[1] == [refusal(b, a)]  # what the reference lacks is said once
 
 
-def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
+def test_an_evaluation_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     loss, tokens = losses(1)
     a = write_run(tmp_path / "a", loss, tokens)
+    for number, change in enumerate(({"supervised_tokens": 12}, {"test_loss": 1.5})):
+        line = refusal(a, write_run(tmp_path / str(number), loss, tokens, **change))
+        assert line.startswith(f"{tmp_path}/{number}/test_examples.csv: has a loss of ")
     rows = ROWS.copy()
     rows[5] = rows[4]
-    with pytest.raises(LabError, match=r"twice/test_examples.csv: row 104 comes twice"):
-        compare(a, write_run(tmp_path / "twice", loss, tokens, rows))
-    tokens[9] = 0
-    with pytest.raises(LabError, match=r"none/test_examples.csv: row 109 has no supervised tokens"):
-        compare(a, write_run(tmp_path / "none", loss, tokens))
+    assert "twice/test_examples.csv: has a loss of" in refusal(a, write_run(tmp_path / "twice", loss, tokens, rows))
+    loss[3] = np.nan
+    assert "nan/test_examples.csv: has a loss of nan" in refusal(a, write_run(tmp_path / "nan", loss, tokens))
 
 
-@pytest.mark.parametrize("wrong", [{"level": 0.0}, {"level": 1.0}, {"level": 95.0}, {"comparisons": 0}])
-def test_a_level_that_is_none_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+@pytest.mark.parametrize("comparisons", [0, -1])
+def test_a_number_of_comparisons_that_is_none_is_refused(tmp_path: Path, comparisons: int) -> None:
     a = write_run(tmp_path / "a", *losses(1))
-    with pytest.raises(LabError, match="level must lie between 0 and 1 and comparisons be at least 1"):
-        compare(a, a, **wrong)
+    with pytest.raises(LabError, match=f"comparisons must be at least 1, got {comparisons}"):
+        compare(a, a, comparisons=comparisons)

@@ -47,14 +47,13 @@ class TestComparisons:
         assert "corrected for 2 comparisons" in output.out
         assert "so that all 2 together hold at 95 %" in output.out
         assert "It does not cover another seed's run" in output.out
-        assert (
-            "* not compared: not evaluated on test: lr1e-4_r16; `python -m lightning_lab test --run_dir" in output.out
-        )
+        how = f"`python -m lightning_lab test --run_dir {lab}/lr1e-4_r16 --ckpt_path best`"
+        assert f"* not compared: {lab}/lr1e-4_r16/test_examples.csv: not there; make it with {how}\n" in output.out
 
     def test_without_a_test_of_the_best(self, lab: Path, report: Any) -> None:
         write_test(lab / "baseline")
         output = report(lab)
-        assert "* not compared: lr3e-4_r32, the best on validation, has not been evaluated on test" in output.out
+        assert f"* not compared: {lab}/lr3e-4_r32/test_examples.csv: not there; make it with" in output.out
         assert output.out.count("not compared") == 1
         assert "python -m lightning_lab validate" in report(lab, "--split", "validation").out
 
@@ -67,9 +66,7 @@ class TestComparisons:
         assert headings[2] == "95 % interval"
         assert [row[0] for row in rows] == ["lr3e-4_r32", "lr3e-4_r16"]
         assert rows[1][-1] == "cannot be told"
-        assert (
-            "* not compared: lr3e-4_r32 and baseline cannot be compared on test: the conversations differ" in output.out
-        )
+        assert "* not compared: lr3e-4_r32 and baseline cannot be compared on test: their conversations" in output.out
 
     def test_runs_without_a_validation(self, tmp_path: Path, report: Any) -> None:
         for name in ("a", "b"):
@@ -127,7 +124,7 @@ class TestComparisons:
         paths = [write_lab_run(tmp_path / folder / "a", BASELINE) for folder in ("x", "y")]
         for path in paths:
             write_test(path)
-        assert f"between {paths[0]} and {paths[1]}: 0.0000" in report("--compare", *paths).out
+        assert f"between {paths[0]} and {paths[1]}: 0.00," in report("--compare", *paths).out
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -141,7 +138,7 @@ class TestComparisons:
             (["--compare", "RUNS/baseline", "RUNS"], "RUNS: is not a run directory"),
             (["--compare", "RUNS/baseline"], "argument --compare: expected 2 arguments"),
             (["RUNS", "--comparisons", "3"], "--comparisons is for --compare"),
-            (["--compare", "RUNS/baseline", "RUNS/lr3e-4_r32", "--comparisons", "0"], "comparisons be at least 1"),
+            (["--compare", "RUNS/baseline", "RUNS/lr3e-4_r32", "--comparisons", "0"], "comparisons must be at least 1"),
             (["--compare", "a", "b", "--out", "x"], "--out is for a whole report"),
             (["--compare", "a", "b", "--reference", "seed"], "--reference is for a whole report"),
         ],
@@ -176,6 +173,11 @@ class TestDamage:
             ("environment.json", "{", "environment.json: is not a JSON object"),
             ("metrics.csv", f"{HEADER}\n\xff\n", "metrics.csv line 2: is not a row of numbers"),
             ("validation-base.json", '{"validation_loss"', "validation-base.json: is not a JSON object"),
+            (
+                "test.json",
+                f'{{"test_loss": {"9" * 400}, "test_perplexity": 1, "test_token_accuracy": 1}}',
+                "test.json: lacks one of test_loss",
+            ),
         ],
     )
     def test_each_file_is_one_line(self, lab: Path, report: Any, file: str, content: str, message: str) -> None:

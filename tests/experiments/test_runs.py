@@ -103,7 +103,12 @@ class TestDamage:
             (
                 "environment.json",
                 '{"trainable_parameters": "many"}',
-                r"environment\.json: .*_parameters 'many'",
+                r"environment\.json: trainable_parameters is 'many'",
+            ),
+            (
+                "environment.json",
+                f'{{"trainable_parameters": {"9" * 400}}}',
+                r"environment\.json: trainable_parameters is 9{400}, not a number of them",
             ),
             ("environment.json", '{"total', r"environment\.json: is not a JSON object"),
             ("environment.json", "[]", r"environment\.json: is not a JSON object"),
@@ -147,6 +152,11 @@ class TestDamage:
                 '{"validation_loss": "x"}',
                 r"validation-base\.json: lacks one of validation_loss",
             ),
+            (
+                "test.json",
+                f'{{"test_loss": {"9" * 400}, "test_perplexity": 1, "test_token_accuracy": 1}}',
+                r"test\.json: lacks one of test_loss, test_perplexity, test_token_accuracy, or it is no number",
+            ),
         ],
     )
     def test_is_named_with_file_and_line(self, tmp_path: Path, file: str, content: str | bytes, message: str) -> None:
@@ -170,10 +180,10 @@ def test_a_last_line_that_is_being_written_is_left_out_wherever_it_is_cut(tmp_pa
     for cut in range(len(last)):
         (path / "metrics.csv").write_text(whole + last[:cut])
         run = read_run(path)
-        assert [row["step"] for row in run.train] == [1]
-        assert not run.validation
+        assert [row.values["step"] for row in run.metrics] == [1]
+        assert not run.losses
     (path / "metrics.csv").write_text(whole + last)
-    assert [row["val_loss"] for row in read_run(path).validation] == [1.25]
+    assert [loss.val_loss for loss in read_run(path).losses] == [1.25]
 
 
 class TestNumbers:
@@ -184,7 +194,7 @@ class TestNumbers:
             *(validation_row(6, 2.75), train_row(7, 9.0)),
         ]
         run = read_run(write_run(tmp_path / "a", rows, total=9))
-        assert run.losses == [(2, 3.0, 3.5), (5, 3.0, 2.5), (6, None, 2.75)]
+        assert [loss[:3] for loss in run.losses] == [(2, 3.0, 3.5), (5, 3.0, 2.5), (6, None, 2.75)]
         assert run.step == 7
 
     def test_the_best_is_the_first_of_equal_ones_and_finite(self, tmp_path: Path) -> None:
@@ -211,36 +221,68 @@ class TestNumbers:
 
 
 class TestExamples:
+    @staticmethod
+    def write(path: Path, content: str | bytes, loss: object = 3.875, tokens: object = 100) -> Path:
+        write_run(path, [])
+        record = {"test_loss": loss, "test_perplexity": 48.0, "test_token_accuracy": 0.5, "supervised_tokens": tokens}
+        (path / "test.json").write_text(json.dumps(record))
+        (path / "test_examples.csv").write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
     def test_in_the_order_of_the_rows(self, tmp_path: Path) -> None:
-        path = write_run(tmp_path / "a", [])
-        (path / "test_examples.csv").write_text("row,loss,supervised_tokens\n257,3.5,52\n148,4.25,49\n")
-        examples = read_run(path).examples("test")
-        assert list(examples.items()) == [(148, (4.25, 49)), (257, (3.5, 52))]
+        content = "row,loss,supervised_tokens\r\n257,3.5,50\r\n148,4.25,50\r\n"
+        examples = read_run(self.write(tmp_path / "a", content)).examples("test")
+        assert examples == [(148, 4.25, 50), (257, 3.5, 50)]
 
     @pytest.mark.parametrize(
-        ("content", "message"),
+        ("rows", "line"),
         [
-            (
-                "row,loss,supervised_tokens\n1,2.0,3\n2,x,3\n",
-                r"test_examples\.csv line 3: needs row, loss and supervised",
-            ),
-            (
-                "row,loss,supervised_tokens\n1,2.0\n",
-                r"test_examples\.csv line 2: needs row, loss and supervised_tokens",
-            ),
-            ("row,loss\n1,2.0\n", r"test_examples\.csv line 2: needs row, loss and supervised_tokens"),
-            ("row,loss,supervised_tokens\n", r"test_examples\.csv: holds no conversation"),
-            ("", r"test_examples\.csv: holds no conversation"),
-            (b"row,loss,supervised_tokens\n\xff", r"test_examples\.csv line 2: needs row, loss and supervised_tokens"),
-            ("row,loss,supervised_tokens\n1,2.0,3\n1,2.0,3\n", r"test_examples\.csv: row 1 comes twice"),
-            ("row,loss,supervised_tokens\n1,2.0,0\n", r"test_examples\.csv: row 1 has no supervised tokens"),
+            ("row,loss,supervised_tokens\n1,2.0,3\n2,x,3\n", 3),
+            ("row,loss,supervised_tokens\n1,2.0\n", 2),
+            ("row,loss\n1,2.0\n", 2),
+            (b"row,loss,supervised_tokens\n\xff", 2),
         ],
     )
-    def test_damage(self, tmp_path: Path, content: str | bytes, message: str) -> None:
-        path = write_run(tmp_path / "a", [])
-        (path / "test_examples.csv").write_bytes(content.encode() if isinstance(content, str) else content)
-        with pytest.raises(LabError, match=rf"^{path}/{message}"):
-            read_run(path).examples("test")
+    def test_damage(self, tmp_path: Path, rows: str | bytes, line: int) -> None:
+        run = read_run(self.write(tmp_path / "a", rows))
+        message = rf"^{run.path}/test_examples\.csv line {line}: needs row, loss and supervised_tokens; evaluate again"
+        with pytest.raises(LabError, match=message):
+            run.examples("test")
+
+    @pytest.mark.parametrize(
+        ("rows", "found"),
+        [
+            ("", "nan over 0"),
+            ("1,3.5,50\n1,4.25,50\n", "4.250000 over 50"),  # a conversation that comes twice
+            ("1,3.5,50\n2,4.25,0\n", "3.500000 over 50"),
+            ("1,3.5,50\n2,nan,50\n", "nan over 100"),
+            ("1,3.5,50\n2,inf,50\n", "inf over 100"),
+            (f"1,3.5,50\n2,4.25,{'9' * 400}\n", "nan over inf"),
+        ],
+    )
+    def test_what_contradicts_its_evaluation(self, tmp_path: Path, rows: str, found: str) -> None:
+        run = read_run(self.write(tmp_path / "a", "row,loss,supervised_tokens\n" + rows))
+        said = f"has a loss of {found} supervised tokens, test.json says 3.875000 over 100; train or evaluate a again"
+        with pytest.raises(LabError) as error:
+            run.examples("test")
+        assert str(error.value) == f"{run.path}/test_examples.csv: {said}"
+
+    @pytest.mark.parametrize("loss", [math.nan, math.inf])
+    def test_a_loss_that_is_not_finite_in_both(self, tmp_path: Path, loss: float) -> None:
+        run = read_run(self.write(tmp_path / "a", f"row,loss,supervised_tokens\n1,{loss},100\n", loss))
+        with pytest.raises(LabError, match=rf"test_examples\.csv: has a loss of {loss} over 100 .* evaluate a again"):
+            run.examples("test")
+
+    def test_another_evaluation_than_the_one_recorded(self, tmp_path: Path) -> None:
+        content = "row,loss,supervised_tokens\n1,3.5,50\n2,4.25,50\n"
+        for number, (loss, tokens) in enumerate(((1.5, 100), (3.875, 12), (3.875, None))):
+            run = read_run(self.write(tmp_path / str(number), content, loss, tokens))
+            said = f"3.875000 over 100 supervised tokens, test.json says {loss:.6f} over {tokens}; train or evaluate"
+            with pytest.raises(LabError, match=said):
+                run.examples("test")
+        (run.path / "test.json").unlink()
+        with pytest.raises(LabError, match="test.json says nan over None; train or evaluate 2 again"):
+            read_run(run.path).examples("test")
 
     @pytest.mark.parametrize(
         ("split", "command"),
@@ -288,24 +330,21 @@ class TestDirectories:
             write_run(tmp_path / "sweep" / "trials" / name)
         (tmp_path / "sweep" / "sweep.json").write_text("{}")
         runs, sweep = tmp_path / "runs", tmp_path / "sweep"
-        assert run_directories([runs]) == [runs / "a", runs / "b"]
-        assert run_directories([runs / "b"]) == [runs / "b"]
-        assert run_directories([sweep]) == [sweep / "trials" / "x", sweep / "trials" / "y"]
-        assert run_directories([runs / "b", sweep, runs]) == [
-            *(runs / "b", sweep / "trials" / "x", sweep / "trials" / "y", runs / "a")
-        ]
-        assert run_directories([tmp_path]) == [sweep / "trials" / "x", sweep / "trials" / "y"]
+        assert run_directories(runs) == [runs / "a", runs / "b"]
+        assert run_directories(runs / "b") == [runs / "b"]
+        assert run_directories(sweep) == [sweep / "trials" / "x", sweep / "trials" / "y"]
+        assert run_directories(tmp_path) == [sweep / "trials" / "x", sweep / "trials" / "y"]
 
     def test_a_sweep_that_has_not_begun_and_an_empty_run(self, tmp_path: Path) -> None:
         (tmp_path / "sweep").mkdir()
         (tmp_path / "sweep" / "sweep.json").write_text("{}")
         (tmp_path / "empty").mkdir()
-        assert run_directories([tmp_path / "sweep"]) == []
-        assert run_directories([tmp_path / "empty"]) == [tmp_path / "empty"]
+        assert run_directories(tmp_path / "sweep") == []
+        assert run_directories(tmp_path / "empty") == [tmp_path / "empty"]
 
     def test_a_path_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(LabError, match=r"/none: no such run directory"):
-            run_directories([tmp_path, tmp_path / "none"])
+            run_directories(tmp_path / "none")
 
 
 TRIAL = {"number": 0, "name": "lr1e-4", "run": "trials/lr1e-4", "state": "complete", "value": 0.5, "error": None}

@@ -46,7 +46,7 @@ class TestTables:
         base = write_test(lab / "baseline", 1.0, split="validation", base="-base", step=0)
         assert f"| 0 (base) | | {base:.6f} |\n| 250 | 0.9648 | 0.879919 |\n" in report(lab / "baseline").out
         headings, rows = report(lab).table("All runs: training loss / validation loss")
-        assert rows[0] == ["0 (base)", *(f"{base:.6f}" if name == "baseline" else "" for name in headings[1:])]
+        assert rows[0] == ["0 (base)", *(f"– / {base:.6f}" if name == "baseline" else "" for name in headings[1:])]
 
     def test_the_combined_table(self, lab: Path, report: Any) -> None:
         headings, rows = report(lab).table("All runs: training loss / validation loss")
@@ -110,6 +110,19 @@ class TestRanking:
         ]
         assert "Ranked by the lowest validation loss; the test split takes no part in the choice." in output.out
 
+    @pytest.mark.parametrize(
+        ("tokens", "words"),
+        [
+            *((2_975, "59.5 s"), (3_000, "1 min 0 s"), (57_420, "19 min 8 s"), (360_000, "2 h 0 min")),
+            (math.inf, "nan h nan min"),
+        ],
+    )
+    def test_times(self, tmp_path: Path, report: Any, tokens: float, words: str) -> None:
+        row = train_row(1, 1.0).replace(",100,60,100,50.0,", f",{tokens},60,100,50.0,")
+        write_run(tmp_path / "a", [row], total=1)
+        headings, rows = report(tmp_path / "a").table("Result")
+        assert rows[0][headings.index("time in steps")] == words
+
     def test_every_state_in_one_report(self, tmp_path: Path, report: Any) -> None:
         runs = tmp_path / "runs"
         write_run(runs / "done", lab_rows(BASELINE), total=1500)
@@ -139,22 +152,20 @@ class TestRanking:
             file.write("1501,1.0,0.8")
         assert "| 1500 | 0.8276 | 0.835800 |" in report(lab / "baseline").out
 
-    def test_many_settings_get_a_table_of_their_own(self, tmp_path: Path, report: Any) -> None:
+    def test_every_setting_in_which_runs_differ_is_a_column(self, tmp_path: Path, report: Any) -> None:
         write_lab_run(tmp_path / "a", BASELINE)
         other = dict(model__lr=1e-3, model__r=8, model__alpha=8, model__target_modules=["q_proj"])
         write_lab_run(tmp_path / "b", R32, **other, data__source="x", data__rows=5, seed_everything=1)
-        output = report(tmp_path / "a", tmp_path / "b")
-        assert output.table("Ranking")[0][2] == "best val loss"
-        headings, rows = output.table("Settings in which the runs differ")
-        assert headings == ["setting", "b", "a"]
-        assert rows == [
-            ["seed_everything", "1", "3407"],
-            ["model.lr", "0.001", "0.0002"],
-            ["model.r", "8", "16"],
-            ["model.alpha", "8", "16"],
-            ["model.target_modules", "[q_proj]", "[q_proj, v_proj]"],
-            ["data.source", "x", "embedded"],
-            ["data.rows", "5", "null"],
+        (tmp_path / "c").mkdir()
+        headings, rows = report(tmp_path / "a", tmp_path / "b", tmp_path / "c").table("Ranking")
+        assert headings[2:10] == [
+            *("seed_everything", "model.lr", "model.r", "model.alpha", "model.target_modules", "data.source"),
+            *("data.rows", "best val loss"),
+        ]
+        assert [row[1:9] for row in rows] == [
+            ["b", "1", "0.001", "8", "8", '["q_proj"]', "x", "5"],
+            ["a", "3407", "0.0002", "16", "16", '["q_proj", "v_proj"]', "embedded", "null"],
+            ["c", *["?"] * 7],
         ]
 
     def test_runs_of_one_name_are_told_apart_by_their_paths(self, tmp_path: Path, report: Any) -> None:

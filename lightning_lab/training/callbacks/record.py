@@ -145,11 +145,11 @@ class RunRecord(pl.Callback):
 
 def write_losses(run_dir: Path) -> None:
     """Write ``losses.md`` and ``loss_curve.png`` from ``metrics.csv`` and the base's validation."""
-    from lightning_lab.losses import loss_table
+    from lightning_lab.loss_table import lab_table, losses
     from lightning_lab.plots import loss_curve
 
     rows = rundir.read_metrics(run_dir / rundir.METRICS)[0]
-    files.write_whole(run_dir / rundir.LOSSES, loss_table(rows, rundir.base_loss(run_dir)))
+    files.write_whole(run_dir / rundir.LOSSES, lab_table(losses(rows), rundir.base_loss(run_dir)).markdown() + "\n")
     try:
         loss_curve(rows, run_dir / rundir.CURVE, run_dir.name)
     except Exception as error:  # a picture never stops a run, whatever a plotting library makes of fonts and caches

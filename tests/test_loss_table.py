@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lightning_lab.losses import loss_table, losses
+from lightning_lab.loss_table import Loss, lab_table, losses
 from lightning_lab.rundir import MetricsRow, read_metrics
 from tests.experiments.directories import HEADER, train_row, validation_row
 
@@ -15,22 +15,24 @@ def test_the_training_loss_is_the_mean_since_the_validation_before() -> None:
     found = losses(
         rows(
             *({"step": 1, "train_loss": 4.0}, {"step": 2, "train_loss": 2.0}, {"step": 2, "val_loss": 3.5}),
-            *({"step": 3, "train_loss": 1.0}, {"step": 3, "val_loss": 2.5}, {"step": 4, "val_loss": 2.75}),
+            *({"step": 3, "train_loss": 1.0}, {"step": 3, "val_loss": 2.5, "val_loss_hf": 2.25}),
+            {"step": 4, "val_loss": 2.75},
             {"step": 5, "train_loss": 9.0},
         )
     )
-    assert found == [(2, 3.0, 3.5), (3, 1.0, 2.5), (4, None, 2.75)]
+    assert found == [Loss(2, 3.0, 3.5), Loss(3, 1.0, 2.5, 2.25), Loss(4, None, 2.75)]
 
 
 def test_the_table_to_the_letter(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text(HEADER + "\n" + train_row(1, 1.0) + train_row(2, 0.9296) + validation_row(2, 0.8799194))
     metrics, _ = read_metrics(path)
-    head = "| Step | Training Loss | Validation Loss |\n|---:|---:|---:|\n"
-    assert loss_table(metrics) == f"{head}| 2 | 0.9648 | 0.879919 |\n"
-    assert loss_table(metrics, base=2.5) == f"{head}| 0 (base) | | 2.500000 |\n| 2 | 0.9648 | 0.879919 |\n"
-    assert loss_table([]) == head
+    head = "| Step | Training Loss | Validation Loss |\n|---:|---:|---:|"
+    found = losses(metrics)
+    assert lab_table(found).markdown() == f"{head}\n| 2 | 0.9648 | 0.879919 |"
+    assert lab_table(found, 2.5).markdown() == f"{head}\n| 0 (base) | | 2.500000 |\n| 2 | 0.9648 | 0.879919 |"
+    assert lab_table([]).markdown() == head
 
 
 def test_a_validation_without_steps_before_it_has_no_training_loss() -> None:
-    assert loss_table(rows({"step": 1, "val_loss": 0.5})).endswith("| 1 | | 0.500000 |\n")
+    assert lab_table(losses(rows({"step": 1, "val_loss": 0.5}))).markdown().endswith("\n| 1 | | 0.500000 |")

@@ -1,0 +1,49 @@
+"""The lab's table of losses, from the rows of ``metrics.csv``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from lightning_lab.rundir import MetricsRow
+from lightning_lab.tables import Table, numbers
+
+
+class Loss(NamedTuple):
+    """A validation: its step, the mean training loss since the one before (None without steps), and its losses."""
+
+    step: int
+    train_loss: float | None
+    val_loss: float | None
+    val_loss_hf: float | None = None
+
+
+def losses(rows: Iterable[MetricsRow]) -> list[Loss]:
+    """Each validation among the rows of ``metrics.csv``, which are in its order."""
+    found: list[Loss] = []
+    since: list[float] = []
+    for _, row in rows:
+        if "train_loss" in row:
+            since.append(row["train_loss"])
+        else:
+            mean = sum(since) / len(since) if since else None
+            found.append(Loss(int(row["step"]), mean, row["val_loss"], row.get("val_loss_hf")))
+            since = []
+    return found
+
+
+def lab_table(found: Iterable[Loss], base: float | None = None) -> Table:
+    """The lab's table, its lowest validation loss marked.
+
+    Args:
+        found: `losses`.
+        base: Validation loss of the untouched base, where it has been measured; becomes row 0.
+
+    """
+    rows = [*([] if base is None else [Loss(0, None, base)]), *found]
+    columns = (
+        [str(row.step) if row.step else "0 (base)" for row in rows],
+        numbers([row.train_loss for row in rows], ".4f", missing=""),
+        numbers([row.val_loss for row in rows], ".6f", min),
+    )
+    return Table(("Step", "Training Loss", "Validation Loss"), list(zip(*columns, strict=True)), padded=False)
