@@ -6,6 +6,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -117,11 +118,12 @@ def plan(
     modes = [mode for mode in CHECKPOINTING if mode != "offload" or (device.type == "cuda" and not settings.compile)]
     speeds = [row.values["tokens_per_second"] for row in measured if "tokens_per_second" in row.values]
     speed = statistics.median(speeds) if speeds else None
+    parts = peak()  # once: what the program itself holds grows meanwhile
     return {
         **work,
         "trainable parameters": trainable_parameters(config, settings),
-        "peak memory": {part: size for part, size in peak().items() if size},
-        "peak memory in all": sum(peak().values()),
+        "peak memory": {part: size for part, size in parts.items() if size},
+        "peak memory in all": sum(parts.values()),
         "peak memory by checkpointing": {mode: sum(peak(checkpointing=mode).values()) for mode in modes},
         "peak memory of validate and test": sum(peak(training=False).values()),
         "tokens per second, measured before": speed,
@@ -138,6 +140,8 @@ def show(planned: Mapping[str, Any]) -> str:
             lines += [f"{name}:", *parts]
         elif value is None:
             lines.append(f"{name}: not known, no run of this name has been measured yet")
+        elif name.startswith("seconds"):
+            lines.append(f"{name}: {value:,.0f} ({timedelta(seconds=round(value))})")
         else:
             lines.append(f"{name}: {value / MIB:,.0f} MiB" if "memory" in name else f"{name}: {value:,.0f}")
     return "\n".join(lines)

@@ -84,7 +84,7 @@ def test_known_speed_and_time() -> None:
     assert plan(*shapes, [evaluated])["seconds of training"] is None
     planned = plan(*shapes, [evaluated, *trained])
     assert (planned["tokens per second, measured before"], planned["seconds of training"]) == (20.0, 50.0)
-    assert "seconds of training: 50" in show(planned)
+    assert "seconds of training: 50 (0:00:50)" in show(planned)
     assert "seconds of training: not known" in show(plan(*shapes))
 
 
