@@ -204,17 +204,16 @@ def search_space(search: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         LabError: A range that is neither ``low``/``high`` nor ``choices``, or an empty or impossible one.
 
     """
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.distributions import FloatDistribution, IntDistribution
 
     space: dict[str, dict[str, Any]] = {}
     for path, value in flatten(search).items():
         key, _, part = path.rpartition(".")
         space.setdefault(key, {})[part] = value
     for key, range_ in space.items():
+        if range_.keys() == {"choices"} and isinstance(range_["choices"], list) and range_["choices"]:
+            continue
         try:
-            if "choices" in range_:
-                CategoricalDistribution(**range_)
-                continue
             bounds = [part for part in range_ if part != "log"]
             whole = all(isinstance(range_[part], int) for part in bounds)
             range_ |= {part: range_[part] if whole else float(range_[part]) for part in bounds}  # 1e-5 is text in YAML

@@ -1,8 +1,7 @@
 """The runs of a sweep as trials in Optuna's storage, which any number of workers share.
 
-A run is queued as a trial just before it begins, and again where its trial has failed without an error: its worker is
-gone, or was stopped. Workers may queue one run twice in the same moment: of a name's trials the first that has not
-failed counts.
+A run is queued as a trial just before it begins, and waits again when its worker is gone or was stopped. Workers may
+queue one run twice in the same moment: of a name's trials the first that has not failed counts.
 """
 
 from __future__ import annotations
@@ -53,7 +52,10 @@ def usable_database(url: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 class _Storage(optuna.storages.RDBStorage):
-    """Optuna's, with a heart that beats before a trial runs, and goes on after a beat that could not be written."""
+    """Optuna's, where a trial that ends without a value or an error waits again, with all that it knows.
+
+    Its heart beats before a trial runs, and goes on after a beat that could not be written.
+    """
 
     @override
     def record_heartbeat(self, trial_id: int) -> None:
@@ -64,6 +66,8 @@ class _Storage(optuna.storages.RDBStorage):
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         if state == TrialState.RUNNING:  # one killed before its first beat would never be stale
             self.record_heartbeat(trial_id)
+        if state == TrialState.FAIL and "error" not in self.get_trial_user_attrs(trial_id):
+            state = TrialState.WAITING
         return super().set_trial_state_values(trial_id, state, values)
 
 
@@ -84,7 +88,6 @@ class Study:
 
     def __init__(self, url: str, name: str, settings: SweepSettings, heartbeat_s: int, grace_s: int) -> None:
         self.settings = settings
-        self._taken = 0  # number of the trial in progress
         timeout = {"connect_args": {"timeout": DATABASE_TIMEOUT_S}}
         engine = timeout if url.startswith("sqlite") else {"pool_pre_ping": True}
         connect = partial(_Storage, url, engine, heartbeat_interval=heartbeat_s, grace_period=grace_s)
@@ -117,6 +120,7 @@ class Study:
 
     def runs(self) -> dict[str, FrozenTrial]:
         """The runs that have been queued, in that order: for each name the trial that counts."""
+        optuna.storages.fail_stale_trials(self.optuna)
         runs: dict[str, FrozenTrial] = {}
         for trial in self.optuna.get_trials():
             name = trial.user_attrs.get("name")
@@ -125,43 +129,31 @@ class Study:
         return runs
 
     def queue(self, name: str, settings: Mapping[str, Any], params: Mapping[str, Any] | None = None) -> None:
-        """Queue a run, with the values of an earlier trial where there is one."""
+        """Queue a run, with the values of a trial that has failed where there is one."""
         self.optuna.enqueue_trial(dict(params or {}), user_attrs={"name": name, "settings": dict(settings)})
-
-    def requeue(self, *, failed: bool = False) -> dict[str, FrozenTrial]:
-        """Queue again what lost its worker, or on demand failed; return all runs."""
-        optuna.storages.fail_stale_trials(self.optuna)
-        for name, trial in self.runs().items():
-            if trial.state == TrialState.FAIL and (failed or "error" not in trial.user_attrs):
-                self.queue(name, trial.user_attrs["settings"], trial.params)
-        return self.runs()
 
     def take(self, objective: Callable[[optuna.Trial], float]) -> None:
         """Take the first run that waits; a LabError of the objective is its error."""
         try:
             self.optuna.optimize(lambda trial: self._run(objective, trial), 1, catch=(LabError,))
-        except (ValueError, UpdateFinishedTrialError):
-            if self.optuna.get_trials()[self._taken].state == TrialState.RUNNING:
+        except (ValueError, UpdateFinishedTrialError) as error:
+            if isinstance(error, ValueError) and "Cannot tell" not in str(error):
                 raise
-            say("another worker has taken this run over: this one was suspended, or without its database for long")
+            say("another worker has taken this run over: one was suspended, or without its database for long")
 
     def _run(self, objective: Callable[[optuna.Trial], float], trial: optuna.Trial) -> float:
-        self._taken = trial.number
-        counted = self.runs().get(trial.user_attrs.get("name", ""))
-        if counted is None or counted.number != trial.number:
-            trial.set_user_attr("name", None)
-            raise LabError("another worker has queued this run too, or has taken it over")
         try:
+            counted = self.runs().get(trial.user_attrs.get("name", ""))
+            if counted is None or counted.number != trial.number:
+                trial.set_user_attr("name", None)
+                raise LabError("another worker has queued this run too, or has taken it")
             return objective(trial)
         except LabError as error:
             trial.set_user_attr("error", str(error))
             raise
 
     def draw(self, trial: optuna.Trial, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Values for a trial; they depend on the seed, its run and the trials before, not on who draws.
-
-        One that is queued again draws too: its values are fixed, and Optuna is to know them.
-        """
+        """Values for a trial, or those it has: they depend on the seed, its run and the trials before alone."""
         seed = random.Random(f"{self.settings.seed} {trial.user_attrs['name']}").getrandbits(32)
         self.optuna.sampler = SAMPLERS[self.settings.sampler](seed=seed)
         return {key: draw(trial, key, range_) for key, range_ in space.items()}

@@ -164,12 +164,15 @@ class Sweep:
             name = self.directory.resolve().name if self.settings.storage else "sweep"
             self.study = Study(self.url, name, self.settings, self.heartbeat_s, self.grace_s)
             self.study.define(json.loads(json.dumps(definition, default=str)), str(self.directory))
-            queued = self.study.requeue(failed=self.settings.retry_failed)
+            queued = self.study.runs()
+            for name, trial in queued.items():
+                if trial.state == TrialState.FAIL and self.settings.retry_failed:
+                    self.study.queue(name, trial.user_attrs["settings"], trial.params)
             begun = {name: trial.user_attrs["settings"] for name, trial in queued.items()}
             drawn: Mapping[str, Any] = {f"trial-{number:03d}": {} for number in range(self.settings.trials)}
             for name, settings in (drawn if self.space else all_runs(self.points, begun)).items():
                 self.runs[name] = create_trial(state=TrialState.WAITING, user_attrs={"settings": settings})
-            self.runs |= queued
+            self.runs |= self.study.runs()
             if not all(trial.state.is_finished() for trial in self.runs.values()):
                 self.prepare()
         write_whole(self.directory / BASE_CONFIG, self.base)
@@ -207,7 +210,7 @@ class Sweep:
 
     def _refresh(self) -> dict[str, FrozenTrial]:
         """Look what has become of all runs and write it to ``sweep.json`` for reports; return those that are queued."""
-        queued = self.study.requeue()
+        queued = self.study.runs()
         self.runs |= queued
         trials = [
             {
@@ -248,7 +251,7 @@ class Sweep:
 
     def _train(self, trial: optuna.Trial, name: str, settings: Mapping[str, Any]) -> None:
         run_dir = self.directory / TRIALS / name
-        reported: set[int] = set()
+        reported = set(self.runs[name].intermediate_values)
 
         def report(line: str | None = None) -> None:
             if line is not None:
@@ -258,9 +261,9 @@ class Sweep:
                 if "val_loss" in row.values and step not in reported:
                     reported.add(step)
                     trial.report(row.values["val_loss"], step)
-                    if trial.should_prune():
-                        self._say(name, "pruned: above the median")
-                        raise optuna.TrialPruned
+            if trial.should_prune():
+                self._say(name, "pruned: above the median")
+                raise optuna.TrialPruned
 
         report()
         while True:
