@@ -128,9 +128,9 @@ class Study:
                 runs[name] = trial
         return runs
 
-    def queue(self, name: str, settings: Mapping[str, Any], params: Mapping[str, Any] | None = None) -> None:
-        """Queue a run, with the values of a trial that has failed where there is one."""
-        self.optuna.enqueue_trial(dict(params or {}), user_attrs={"name": name, "settings": dict(settings)})
+    def queue(self, name: str, run: FrozenTrial) -> None:
+        """Queue a run that is planned, or has failed; its settings and values stay."""
+        self.optuna.enqueue_trial(run.params, user_attrs={"name": name, "settings": run.user_attrs["settings"]})
 
     def take(self, objective: Callable[[optuna.Trial], float]) -> None:
         """Take the first run that waits; a LabError of the objective is its error."""

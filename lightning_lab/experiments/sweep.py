@@ -167,7 +167,7 @@ class Sweep:
             queued = self.study.runs()
             for name, trial in queued.items():
                 if trial.state == TrialState.FAIL and self.settings.retry_failed:
-                    self.study.queue(name, trial.user_attrs["settings"], trial.params)
+                    self.study.queue(name, trial)
             begun = {name: trial.user_attrs["settings"] for name, trial in queued.items()}
             drawn: Mapping[str, Any] = {f"trial-{number:03d}": {} for number in range(self.settings.trials)}
             for name, settings in (drawn if self.space else all_runs(self.points, begun)).items():
@@ -199,7 +199,7 @@ class Sweep:
             new = next((name for name in self.runs if name not in queued), None)
             # what a killed worker left comes before new runs, and looks at first as if its worker lived
             if new and not (running and time.monotonic() < self._opened + self.grace_s + 2):
-                self.study.queue(new, self.runs[new].user_attrs["settings"])
+                self.study.queue(new, self.runs[new])
                 return True
             if not running:
                 return False
@@ -253,9 +253,8 @@ class Sweep:
         run_dir = self.directory / TRIALS / name
         reported = set(self.runs[name].intermediate_values)
 
-        def report(line: str | None = None) -> None:
-            if line is not None:
-                self._say(name, line)
+        def report(line: str) -> None:
+            self._say(name, line)
             for row in read_metrics(run_dir / METRICS)[0]:
                 step = int(row.values["step"])
                 if "val_loss" in row.values and step not in reported:
@@ -265,7 +264,6 @@ class Sweep:
                 self._say(name, "pruned: above the median")
                 raise optuna.TrialPruned
 
-        report()
         while True:
             if is_locked(run_dir):
                 self._say(name, "is still run by the process that a killed worker left; waiting for it")
@@ -277,7 +275,7 @@ class Sweep:
                 command.append("--ckpt_path=last")
             elif run_dir.is_dir():  # killed before its first checkpoint: nothing to keep
                 shutil.rmtree(run_dir)
-            self._say(name, "continues" if "--ckpt_path=last" in command else "begins")
+            report("continues" if "--ckpt_path=last" in command else "begins")
             try:
                 return self.commands.run(command, self._log(name), report)
             except LabError:

@@ -237,7 +237,7 @@ def test_killed_before_its_first_heartbeat(tmp_path: Path) -> None:
     """Optuna's own remedy does not see such a trial."""
     sweep = sweep_of(tmp_path / "sweep", {"grid": {"model.lr": [1e-4]}})
     sweep.open()
-    sweep.study.queue("lr1e-4", {"model.lr": 1e-4})
+    sweep.study.queue("lr1e-4", sweep.runs["lr1e-4"])
     sweep.study.optuna.ask()
     finish(tmp_path, {"grid": {"model.lr": [1e-4]}})
     assert [t["state"] for t in record(tmp_path)] == ["complete"]
@@ -480,6 +480,8 @@ class TestSearch:
             kill_tree(process, tmp_path)
         finish(tmp_path, settings)
         assert record(tmp_path) == record(searched)
+        study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/sweep/study.db")
+        assert len(study.trials) == 14  # one a run, however often that was interrupted
 
     def test_workers_never_make_too_many(self, tmp_path: Path) -> None:
         workers = [start(tmp_path, SEARCH, step_s=0.15, grace_s=3) for _ in range(3)]
