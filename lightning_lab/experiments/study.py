@@ -77,7 +77,7 @@ class Study:
     Args:
         url: SQLAlchemy's URL of the database.
         name: The study's name in it.
-        settings: The sampler and its seed, and whether runs above the median are stopped.
+        settings: The sampler and its seed.
         heartbeat_s: This worker says this often that it lives.
         grace_s: Unheard of for longer, a worker is dead.
 
@@ -91,7 +91,6 @@ class Study:
         timeout = {"connect_args": {"timeout": DATABASE_TIMEOUT_S}}
         engine = timeout if url.startswith("sqlite") else {"pool_pre_ping": True}
         connect = partial(_Storage, url, engine, heartbeat_interval=heartbeat_s, grace_period=grace_s)
-        pruner = optuna.pruners.MedianPruner() if settings.prune else optuna.pruners.NopPruner()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats
         with usable_database(url, Exception):
@@ -100,7 +99,7 @@ class Study:
             except (IntegrityError, ProgrammingError):  # another machine makes the same tables
                 time.sleep(1)
                 storage = connect()
-            self.optuna = optuna.create_study(storage=storage, study_name=name, pruner=pruner, load_if_exists=True)
+            self.optuna = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
 
     def define(self, definition: dict[str, Any], directory: str) -> None:
         """Write down what the sweep is; once a run has been queued, see that it is still the same.

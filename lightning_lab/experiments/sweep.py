@@ -110,7 +110,8 @@ class Sweep:
         self.url = self.settings.storage or f"sqlite:///{self.directory / DATABASE}"
         self.study: Study
         self.runs: dict[str, FrozenTrial] = {}  # all by name, begun or not
-        self._opened = 0.0
+        # what a killed worker left looks until then as if its worker lived
+        self._sure_at = time.monotonic() + self.grace_s + 2
 
     # -- the whole -----------------------------------------------------------------------------------------------
 
@@ -176,7 +177,6 @@ class Sweep:
             if not all(trial.state.is_finished() for trial in self.runs.values()):
                 self.prepare()
         write_whole(self.directory / BASE_CONFIG, self.base)
-        self._opened = time.monotonic()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -197,8 +197,7 @@ class Sweep:
                 return True
             running = TrialState.RUNNING in states
             new = next((name for name in self.runs if name not in queued), None)
-            # what a killed worker left comes before new runs, and looks at first as if its worker lived
-            if new and not (running and time.monotonic() < self._opened + self.grace_s + 2):
+            if new and not (running and time.monotonic() < self._sure_at):  # what was interrupted comes first
                 self.study.queue(new, self.runs[new])
                 return True
             if not running:
@@ -260,7 +259,7 @@ class Sweep:
                 if "val_loss" in row.values and step not in reported:
                     reported.add(step)
                     trial.report(row.values["val_loss"], step)
-            if trial.should_prune():
+            if self.settings.prune and trial.should_prune():  # by Optuna's median pruner
                 self._say(name, "pruned: above the median")
                 raise optuna.TrialPruned
 
