@@ -93,6 +93,7 @@ class Study:
         connect = partial(_Storage, url, engine, heartbeat_interval=heartbeat_s, grace_period=grace_s)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats
+        warnings.filterwarnings("ignore", "The reported value is ignored")  # before the run was interrupted
         with usable_database(url, Exception):
             try:
                 storage = connect()

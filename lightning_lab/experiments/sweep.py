@@ -250,7 +250,7 @@ class Sweep:
 
     def _train(self, trial: optuna.Trial, name: str, settings: Mapping[str, Any]) -> None:
         run_dir = self.directory / TRIALS / name
-        reported = set(self.runs[name].intermediate_values)
+        reported: set[int] = set()
 
         def report(line: str) -> None:
             self._say(name, line)
@@ -259,9 +259,9 @@ class Sweep:
                 if "val_loss" in row.values and step not in reported:
                     reported.add(step)
                     trial.report(row.values["val_loss"], step)
-            if self.settings.prune and trial.should_prune():  # by Optuna's median pruner
-                self._say(name, "pruned: above the median")
-                raise optuna.TrialPruned
+                    if self.settings.prune and trial.should_prune():  # by Optuna's median pruner
+                        self._say(name, "pruned: above the median")
+                        raise optuna.TrialPruned
 
         while True:
             if is_locked(run_dir):
