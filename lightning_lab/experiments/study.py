@@ -18,7 +18,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from typing_extensions import override
 
 from lightning_lab.errors import LabError
@@ -97,7 +97,7 @@ class Study:
         with usable_database(url, Exception):
             try:
                 storage = connect()
-            except (IntegrityError, ProgrammingError):  # another machine makes the same tables
+            except DBAPIError:  # another machine makes the same tables
                 time.sleep(1)
                 storage = connect()
             self.optuna = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
