@@ -6,9 +6,10 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_lab.errors import LabError, check_ranges
 from lightning_lab.files import flatten
@@ -16,10 +17,9 @@ from lightning_lab.files import flatten
 if TYPE_CHECKING:
     import optuna
 
-NAME = re.compile(r"\w[\w.+-]*")
 NAME_LENGTH = 120  # file names have at most 255 bytes, and temporary ones add to it
+NAME = re.compile(rf"\w[\w.+-]{{0,{NAME_LENGTH - 1}}}")
 RESERVED = ("run_dir", "ckpt_path", "config", "trainer.default_root_dir")
-RANGE = ("low", "high", "log", "step")
 RANGES = {"trials": (1, math.inf), "seed": (0, 2**32 - 1)}
 LARGEST = 2**53  # bounds beyond it are not exact in Optuna's database
 
@@ -61,28 +61,19 @@ class SweepSettings:
     storage: str | None = None
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run of a sweep.
-
-    Attributes:
-        name: Of its directory.
-        settings: What it changes in the config, by dotted key.
-
-    """
+class Point(NamedTuple):
+    """One run of a sweep: the name of its directory, and what it changes in the config, by dotted key."""
 
     name: str
     settings: Mapping[str, Any]
 
-    @property
-    def flags(self) -> list[str]:
-        """The same as flags of `fit`."""
-        return [
-            f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in self.settings.items()
-        ]
+
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as flags of `fit`."""
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
 
 
-def sweep_points(sweep: SweepSettings, space: Mapping[str, Mapping[str, Any]]) -> list[Point]:
+def sweep_points(sweep: SweepSettings, space: Mapping[str, Any]) -> list[Point]:
     """All runs of a grid; of a search the ends of each range and each choice, which are checked before it begins.
 
     Raises:
@@ -99,7 +90,7 @@ def sweep_points(sweep: SweepSettings, space: Mapping[str, Mapping[str, Any]]) -
     ends = {key: range_.get("choices") or [range_["low"], range_["high"]] for key, range_ in space.items()}
     first = {key: values[0] for key, values in ends.items()}
     varied = [first | {key: value} for key, values in ends.items() for value in values[1:]]
-    return [point("search", settings, sweep) for settings in [first, *varied]]
+    return [Point("search", tied(settings, sweep.tie)) for settings in [first, *varied]]
 
 
 # -- grids -----------------------------------------------------------------------------------------------------------
@@ -121,85 +112,73 @@ def grid_points(sweep: SweepSettings) -> list[Point]:
             "the sweep has no settings: give sweep.grid, sweep.settings or sweep.search, e.g. "
             "--sweep.grid '{model.lr: [1e-4, 2e-4, 3e-4]}', or --config lab_grid.yaml"
         )
-    points: list[Point] = []
-    for setting in sweep.settings or [{}]:
-        fixed = flatten(setting)
-        name = fixed.pop("name", None)
-        if both := [key for key in fixed if key in grid]:
-            raise LabError(f"sweep: {both[0]} is in sweep.grid and in sweep.settings; leave it in one of them")
-        for values in itertools.product(*grid.values()):
-            varied = dict(zip(grid, values, strict=True))
-            parts = [run_name(fixed) if name is None else str(name), run_name(varied)]
-            shown = "_".join(part for part in parts if part) or "base"
-            if name is not None and not (NAME.fullmatch(shown) and len(shown) <= NAME_LENGTH):
-                raise LabError(f"sweep.settings: {shown!r} cannot be a run's name; use letters, digits and _ . + -")
-            points.append(point(shown, fixed | varied, sweep))
+    points = []
+    for setting, *values in itertools.product(sweep.settings or [{}], *grid.values()):
+        fixed, varied = flatten(setting), dict(zip(grid, values, strict=True))
+        given = fixed.pop("name", None)
+        if both := fixed.keys() & varied.keys():
+            raise LabError(f"sweep: {min(both)} is in sweep.grid and in sweep.settings; leave it in one of them")
+        name = run_name(fixed | varied) or "base"
+        if given is not None:
+            name = f"{given}_{run_name(varied)}".removesuffix("_")
+        if not NAME.fullmatch(name):
+            raise LabError(f"sweep.settings: {name!r} cannot be a run's name; use letters, digits and _ . + -")
+        points.append(Point(name, tied(fixed | varied, sweep.tie)))
     return points
 
 
-def new_points(points: Sequence[Point], taken: Mapping[str, Mapping[str, Any]]) -> list[Point]:
-    """The points that are no run of the sweep yet.
+def all_runs(points: Iterable[Point], begun: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Settings by name of what a sweep has begun, and then of the points that are none of these runs.
 
     Args:
         points: With their settings as the config has them.
-        taken: Settings of the sweep's runs by name.
+        begun: Settings of the sweep's runs by name.
 
     Raises:
         LabError: Two points have one name or the same settings, or one has another run's name.
 
     """
-    known = dict(taken)
-    for wanted in points:
-        if wanted.settings in taken.values():
+    runs = dict(begun)
+    for name, settings in points:
+        if settings in begun.values():
             continue
-        for name, settings in known.items():
-            if name.casefold() == wanted.name.casefold() or settings == wanted.settings:  # file systems may ignore case
+        for other, known in runs.items():
+            if other.casefold() == name.casefold() or known == settings:  # file systems may ignore case
                 raise LabError(
-                    f"sweep: a run {name} with {settings} is there already; give {dict(wanted.settings)} (as "
-                    f"{wanted.name}) another name in sweep.settings, or leave it out"
+                    f"sweep: a run {other} with {known} is there already; give {settings} (as {name}) another name in "
+                    "sweep.settings, or leave it out"
                 )
-        known[wanted.name] = dict(wanted.settings)
-    return [Point(name, settings) for name, settings in known.items() if name not in taken]
+        runs[name] = settings
+    return runs
 
 
-def point(name: str, settings: Mapping[str, Any], sweep: SweepSettings) -> Point:
-    """A run with these settings and the keys that are tied to them.
-
-    Raises:
-        LabError: A key that a sweep sets itself, or a tie that cannot be followed.
-
-    """
-    for key in settings:
-        if key in RESERVED or key.startswith("sweep."):
-            raise LabError(f"sweep: {key} cannot be varied; a sweep sets it itself")
-    return Point(name, tied(settings, sweep.tie or {}))
-
-
-def tied(settings: Mapping[str, Any], ties: Mapping[str, str]) -> dict[str, Any]:
+def tied(settings: Mapping[str, Any], ties: Mapping[str, str] | None) -> dict[str, Any]:
     """Add the keys that follow others.
 
     Raises:
-        LabError: A tie to a key that the sweep does not vary, or that is not a number; or a tied key that is set too.
+        LabError: A key that a sweep sets itself, one that is tied and set, or a tie to what the sweep does not vary or
+            what is not a number.
 
     """
     result = dict(settings)
-    for key, rule in flatten(ties).items():
-        factor, _, source = str(rule).rpartition("*")
-        value = settings.get(source.strip())
-        if value is None:
-            raise LabError(
-                f"sweep.tie: {key}: {rule} follows no key of the sweep ({', '.join(settings)}); write a key, or a "
-                "number times a key, such as 2 * model.r"
-            )
+    for key, rule in flatten(ties or {}).items():
         if key in settings:
             raise LabError(f"sweep.tie: {key} is tied and set; leave it out of the settings")
-        if factor:
-            try:
+        factor, _, source = str(rule).rpartition("*")
+        try:
+            value = settings[source.strip()]
+            if factor:
                 value = float(factor) * value
-            except (TypeError, ValueError):
-                raise LabError(f"sweep.tie: {key}: {rule}: {factor.strip()} or {value!r} is not a number") from None
-            value = int(value) if value.is_integer() else value
+                value = int(value) if value.is_integer() else value
+        except (KeyError, TypeError, ValueError):
+            raise LabError(
+                f"sweep.tie: {key}: {rule} follows no key of the sweep ({', '.join(settings)}) that has a number; "
+                "write a key, or a number times a key, such as 2 * model.r"
+            ) from None
         result[key] = value
+    for key in result:
+        if key in RESERVED or key.startswith("sweep."):
+            raise LabError(f"sweep: {key} cannot be varied; a sweep sets it itself")
     return result
 
 
@@ -207,66 +186,48 @@ def run_name(settings: Mapping[str, Any]) -> str:
     """A directory name from settings, such as ``lr3e-4_r32``."""
     parts = []
     for key, value in settings.items():
+        if isinstance(value, float):
+            plain, short = value == 0 or 0.01 <= abs(value) < 1000, f"{value:.4g}"
+            value = short if plain else f"{Decimal(short).normalize():e}".replace("+", "")
         last = {"seed_everything": "seed"}.get(key, key.rpartition(".")[2])
-        parts.append(last + re.sub(r"[^\w.+-]+", "-", _short(value)).strip("-"))
+        parts.append(last + re.sub(r"[^\w.+-]+", "-", str(value)).strip("-"))
     return "_".join(parts)[:NAME_LENGTH]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float) and value != 0 and not 0.01 <= abs(value) < 1000:
-        mantissa, _, exponent = f"{value:.3e}".partition("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if exponent else mantissa
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # -- searches --------------------------------------------------------------------------------------------------------
 
 
 def search_space(search: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Ranges by dotted key; keys may be written nested.
+    """Ranges by dotted key, all of their bounds whole or none; keys may be written nested.
 
     Raises:
         LabError: A range that is neither ``low``/``high`` nor ``choices``, or an empty or impossible one.
 
     """
+    from optuna.distributions import FloatDistribution, IntDistribution
+
     space: dict[str, dict[str, Any]] = {}
     for path, value in flatten(search).items():
         key, _, part = path.rpartition(".")
-        if part not in (*RANGE, "choices"):
-            raise LabError(f"sweep.search: {path} is no range; write {{low: ..., high: ...}} or {{choices: [...]}}")
         space.setdefault(key, {})[part] = value
-    return {key: _range(key, given) for key, given in space.items()}
-
-
-def _range(key: str, given: dict[str, Any]) -> dict[str, Any]:
-    from optuna.distributions import FloatDistribution, IntDistribution
-
-    if given.keys() == {"choices"} and isinstance(given["choices"], list) and given["choices"]:
-        return given
-    if not {"low", "high"} <= given.keys() <= set(RANGE):
-        raise LabError(f"sweep.search: {key} needs {{low: ..., high: ...}} (with log or step) or {{choices: [...]}}")
-    try:
-        for bound in given.keys() - {"log"}:
-            if not isinstance(given[bound], int):
-                given[bound] = float(given[bound])  # YAML reads 1e-5 as text
-            if not abs(given[bound]) <= LARGEST:
-                raise ValueError(f"{bound} is {given[bound]}; it must be a number of at most {LARGEST:.0e}")
-        if not given["low"] < given["high"]:
-            raise ValueError("low must be below high")
-        (IntDistribution if _is_whole(given) else FloatDistribution)(**given)
-    except (TypeError, ValueError) as error:
-        raise LabError(f"sweep.search: {key}: {error}") from None
-    return given
-
-
-def _is_whole(range_: Mapping[str, Any]) -> bool:
-    return all(isinstance(range_[part], int) for part in range_.keys() - {"log"})
+    for key, range_ in space.items():
+        if range_.keys() == {"choices"} and isinstance(range_["choices"], list) and range_["choices"]:
+            continue
+        try:
+            bounds = [part for part in range_ if part != "log"]
+            whole = all(isinstance(range_[part], int) for part in bounds)
+            range_ |= {part: range_[part] if whole else float(range_[part]) for part in bounds}  # 1e-5 is text in YAML
+            if not (range_["low"] < range_["high"] and all(abs(range_[part]) <= LARGEST for part in bounds)):
+                raise ValueError(f"low must be below high, and no number beyond {LARGEST:.0e}")
+            (IntDistribution if whole else FloatDistribution)(**range_)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            right = "{low: ..., high: ...} (with log or step) or {choices: [...]}"
+            raise LabError(f"sweep.search: {key}: {range_} is no range ({error}); write {right}") from None
+    return space
 
 
 def draw(trial: optuna.Trial, key: str, range_: Mapping[str, Any]) -> Any:
     """A value for one key, by the study's sampler."""
-    if "choices" in range_:  # lists and the like as text: Optuna's choices are single values
-        plain = (bool, int, float, str, type(None))
-        choices = [c if isinstance(c, plain) else json.dumps(c) for c in range_["choices"]]
-        return range_["choices"][choices.index(trial.suggest_categorical(key, choices))]
-    return (trial.suggest_int if _is_whole(range_) else trial.suggest_float)(key, **range_)
+    if "choices" in range_:  # as text: Optuna's choices are single values, never lists
+        return json.loads(trial.suggest_categorical(key, [json.dumps(choice) for choice in range_["choices"]]))
+    return (trial.suggest_int if isinstance(range_["low"], int) else trial.suggest_float)(key, **range_)

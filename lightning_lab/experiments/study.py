@@ -1,46 +1,47 @@
 """The runs of a sweep as trials in Optuna's storage, which any number of workers share.
 
-A run is queued as a trial just before it begins. A trial whose worker is gone has failed without an error, and its run
-is queued again. Workers may queue one run twice in the same moment: the first trial of a name counts, then the first
-that was queued in its place.
+A run is queued as a trial just before it begins, and waits again when its worker is gone or was stopped. Workers may
+queue one run twice in the same moment: of a name's trials the first that has not failed counts.
 """
 
 from __future__ import annotations
 
+import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from typing_extensions import override
 
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.commands import say
+from lightning_lab.experiments.points import SweepSettings, draw
 
+SAMPLERS: dict[str, Any] = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
 DATABASE_TIMEOUT_S = 60  # SQLite: a worker waits this long for another one's write
 
 
 @contextmanager
-def usable_database(url: str, *also: type[Exception]) -> Iterator[None]:
+def usable_database(url: str, *kinds: type[Exception]) -> Iterator[None]:
     """One line for a database that is damaged, out of reach or without its driver.
 
     Args:
         url: SQLAlchemy's, for the message.
-        also: Exceptions besides those of Optuna and SQLAlchemy that speak of it.
+        kinds: Exceptions that speak of it, besides those of Optuna and SQLAlchemy.
 
     """
-    speaking_of_it: tuple[type[Exception], ...] = (SQLAlchemyError, OptunaError, *also)
+    known: tuple[type[Exception], ...] = (SQLAlchemyError, OptunaError, *kinds)
     try:
         yield
-    except speaking_of_it as error:
+    except known as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         with suppress(SQLAlchemyError):
             url = make_url(url).render_as_string(hide_password=True)
@@ -51,12 +52,23 @@ def usable_database(url: str, *also: type[Exception]) -> Iterator[None]:
 
 
 class _Storage(optuna.storages.RDBStorage):
-    """Optuna's, whose heart goes on after a beat that could not be written."""
+    """Optuna's, where a trial that ends without a value or an error waits again, with all that it knows.
+
+    Its heart beats before a trial runs, and goes on after a beat that could not be written.
+    """
 
     @override
     def record_heartbeat(self, trial_id: int) -> None:
         with suppress(StorageInternalError):
             super().record_heartbeat(trial_id)
+
+    @override
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        if state == TrialState.RUNNING:  # one killed before its first beat would never be stale
+            self.record_heartbeat(trial_id)
+        if state == TrialState.FAIL and "error" not in self.get_trial_user_attrs(trial_id):
+            state = TrialState.WAITING
+        return super().set_trial_state_values(trial_id, state, values)
 
 
 class Study:
@@ -65,7 +77,7 @@ class Study:
     Args:
         url: SQLAlchemy's URL of the database.
         name: The study's name in it.
-        prune: Stop runs above the median.
+        settings: The sampler and its seed.
         heartbeat_s: This worker says this often that it lives.
         grace_s: Unheard of for longer, a worker is dead.
 
@@ -74,24 +86,21 @@ class Study:
 
     """
 
-    def __init__(self, url: str, name: str, *, prune: bool, heartbeat_s: int, grace_s: int) -> None:
-        self.grace_s = grace_s
-        self._taken = 0  # number of the trial in progress
+    def __init__(self, url: str, name: str, settings: SweepSettings, heartbeat_s: int, grace_s: int) -> None:
+        self.settings = settings
         timeout = {"connect_args": {"timeout": DATABASE_TIMEOUT_S}}
         engine = timeout if url.startswith("sqlite") else {"pool_pre_ping": True}
-        pruner = optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner()
+        connect = partial(_Storage, url, engine, heartbeat_interval=heartbeat_s, grace_period=grace_s)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats
-        with usable_database(url, ImportError, RuntimeError, KeyError, ValueError):
-            for attempts_left in (2, 1, 0):
-                try:
-                    storage = _Storage(url, engine, heartbeat_interval=heartbeat_s, grace_period=grace_s)
-                    break
-                except (IntegrityError, ProgrammingError):  # another machine makes the same tables
-                    if not attempts_left:
-                        raise
-                    time.sleep(1)
-            self.optuna = optuna.create_study(storage=storage, study_name=name, pruner=pruner, load_if_exists=True)
+        warnings.filterwarnings("ignore", "The reported value is ignored")  # before the run was interrupted
+        with usable_database(url, Exception):
+            try:
+                storage = connect()
+            except DBAPIError:  # another machine makes the same tables
+                time.sleep(1)
+                storage = connect()
+            self.optuna = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
 
     def define(self, definition: dict[str, Any], directory: str) -> None:
         """Write down what the sweep is; once a run has been queued, see that it is still the same.
@@ -111,54 +120,40 @@ class Study:
 
     def runs(self) -> dict[str, FrozenTrial]:
         """The runs that have been queued, in that order: for each name the trial that counts."""
+        optuna.storages.fail_stale_trials(self.optuna)
         runs: dict[str, FrozenTrial] = {}
         for trial in self.optuna.get_trials():
             name = trial.user_attrs.get("name")
-            if name is not None and (name not in runs or trial.user_attrs.get("retry_of") == runs[name].number):
+            if name is not None and (name not in runs or runs[name].state == TrialState.FAIL):
                 runs[name] = trial
         return runs
 
-    def queue(self, attributes: Mapping[str, Any], params: Mapping[str, Any] | None = None) -> None:
-        """Queue a run: its ``name``, and its ``settings`` unless it is to draw them."""
-        self.optuna.enqueue_trial(dict(params or {}), user_attrs=dict(attributes))
-
-    def requeue(self, *, failed: bool = False) -> dict[str, FrozenTrial]:
-        """Queue again what lost its worker, or on demand failed; return all runs."""
-        optuna.storages.fail_stale_trials(self.optuna)
-        past = datetime.now() - timedelta(seconds=self.grace_s)
-        for trial in self.optuna.get_trials(states=(TrialState.RUNNING,)):
-            # killed before its first heartbeat, without which Optuna never calls it stale
-            if "begun" not in trial.user_attrs and trial.datetime_start and trial.datetime_start < past:
-                self.optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        for trial in self.runs().values():
-            if trial.state == TrialState.FAIL and (failed or "error" not in trial.user_attrs):
-                kept = {key: trial.user_attrs[key] for key in ("name", "settings") if key in trial.user_attrs}
-                self.queue(kept | {"retry_of": trial.number}, trial.params)
-        return self.runs()
+    def queue(self, name: str, run: FrozenTrial) -> None:
+        """Queue a run that is planned, or has failed; its settings and values stay."""
+        self.optuna.enqueue_trial(run.params, user_attrs={"name": name, "settings": run.user_attrs["settings"]})
 
     def take(self, objective: Callable[[optuna.Trial], float]) -> None:
         """Take the first run that waits; a LabError of the objective is its error."""
         try:
             self.optuna.optimize(lambda trial: self._run(objective, trial), 1, catch=(LabError,))
-        except (ValueError, UpdateFinishedTrialError):
-            if self.optuna.get_trials()[self._taken].state == TrialState.RUNNING:
+        except (ValueError, UpdateFinishedTrialError) as error:
+            if isinstance(error, ValueError) and "Cannot tell" not in str(error):
                 raise
-            say("another worker has taken this run over: this one was suspended, or without its database for long")
+            say("another worker has taken this run over: one was suspended, or without its database for long")
 
     def _run(self, objective: Callable[[optuna.Trial], float], trial: optuna.Trial) -> float:
-        self._taken = trial.number
-        name = trial.user_attrs.get("name")
-        if name is None or self.runs()[name].number != trial.number:
-            raise LabError("another worker has queued this run too, or has taken it over")  # the trial does not count
-        trial.set_user_attr("begun", True)
         try:
+            counted = self.runs().get(trial.user_attrs.get("name", ""))
+            if counted is None or counted.number != trial.number:
+                trial.set_user_attr("name", None)
+                raise LabError("another worker has queued this run too, or has taken it")
             return objective(trial)
         except LabError as error:
             trial.set_user_attr("error", str(error))
             raise
 
-    def seed_sampler(self, kind: str, *key: int) -> None:
-        """Make the next draws depend on a key alone, so that a search that was killed in between repeats them."""
-        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-        random = kind == "random"
-        self.optuna.sampler = optuna.samplers.RandomSampler(seed) if random else optuna.samplers.TPESampler(seed=seed)
+    def draw(self, trial: optuna.Trial, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Values for a trial, or those it has: they depend on the seed, its run and the trials before alone."""
+        seed = random.Random(f"{self.settings.seed} {trial.user_attrs['name']}").getrandbits(32)
+        self.optuna.sampler = SAMPLERS[self.settings.sampler](seed=seed)
+        return {key: draw(trial, key, range_) for key, range_ in space.items()}

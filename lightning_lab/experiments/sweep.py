@@ -11,24 +11,26 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 import yaml
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.commands import POLL_S, Commands, StoppedError, say
-from lightning_lab.experiments.points import Point, SweepSettings, draw, new_points, point, search_space, sweep_points
+from lightning_lab.experiments.points import Point, SweepSettings, all_runs, flags, search_space, sweep_points, tied
 from lightning_lab.experiments.runs import SWEEP_FILE, TRIALS, read_run
 from lightning_lab.experiments.study import Study, usable_database
 from lightning_lab.files import flatten, make_directory, write_whole
 from lightning_lab.hub import model_folder
 from lightning_lab.rundir import CHECKPOINTS, METRICS, RUNS, is_locked, read_metrics
+from lightning_lab.signals import listen
 
 BASE_CONFIG, DATABASE, LOGS, LOCK = "base.yaml", "study.db", "logs", "sweep.lock"
 DEFINING = ("search", "seed", "sampler", "prune", "tie")  # settings that cannot change once a run has begun
@@ -53,10 +55,10 @@ def sweep_command(cli: Any) -> int:
     cli.settings.run_dir = None
     needed: dict[str, tuple[Any, Any]] = {}
 
-    def resolve(wanted: Point) -> Point:
-        config, data = cli.check([*cli.arguments, *wanted.flags])
+    def resolve(settings: Mapping[str, Any]) -> dict[str, Any]:
+        config, data = cli.check([*cli.arguments, *flags(settings)])
         needed[json.dumps([config.data.as_dict(), config.model.base], default=str)] = (config.model, data)
-        return Point(wanted.name, {key: json.loads(json.dumps(config[key], default=str)) for key in wanted.settings})
+        return {key: json.loads(json.dumps(config[key], default=str)) for key in settings}
 
     def prepare() -> None:
         for model, data in needed.values():
@@ -79,7 +81,7 @@ class Sweep:
         directory: The sweep's directory; made if it is not there, continued if it is.
         settings: Which runs it consists of.
         base: The resolved config that every run starts from, as YAML text.
-        resolve: Checks one point's flags and returns its settings as the config has them (``"1e-4"`` as a number).
+        resolve: Checks one run's settings and returns them as the config has them (``"1e-4"`` as a number).
         prepare: Called before the first run, so that data and bases are made ready once.
         program: The command line that runs one command.
         heartbeat_s: A worker says this often that it lives.
@@ -93,7 +95,7 @@ class Sweep:
     directory: Path
     settings: SweepSettings
     base: str
-    resolve: Callable[[Point], Point]
+    resolve: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     prepare: Callable[[], None]
     program: Sequence[str] = (sys.executable, "-m", "lightning_lab")
     heartbeat_s: int = 5
@@ -102,13 +104,14 @@ class Sweep:
     def __post_init__(self) -> None:
         self.commands = Commands(self.program)
         self.space = search_space(self.settings.search or {})
-        points = [self.resolve(wanted) for wanted in sweep_points(self.settings, self.space)]
-        self.planned = [] if self.space else new_points(points, {})
+        points = sweep_points(self.settings, self.space)
+        self.points = [Point(name, self.resolve(settings)) for name, settings in points]
         self.tests = self.settings.test or ("best" if self.space else "all")
         self.url = self.settings.storage or f"sqlite:///{self.directory / DATABASE}"
         self.study: Study
-        self._opened = 0.0
-        self._names: list[str] = []  # of all runs, those that have been queued first
+        self.runs: dict[str, FrozenTrial] = {}  # all by name, begun or not
+        # what a killed worker left looks until then as if its worker lived
+        self._sure_at = time.monotonic() + self.grace_s + 2
 
     # -- the whole -----------------------------------------------------------------------------------------------
 
@@ -122,21 +125,31 @@ class Sweep:
         """
         with usable_database(self.url):
             self.open()
+            stop_listening = listen(self.commands.on_signal)
             try:
-                with self.commands.passing_signals_on():
-                    while self._await_work():
-                        self.study.take(self._objective)
-                    tested = self.tests != "best" or self._test_best()
+                while self._await_work():
+                    self.study.take(self._objective)
+                runs = self.runs.items()
+                failed = {name: trial.user_attrs.get("error") for name, trial in runs if trial.state == TrialState.FAIL}
+                complete = [(trial.value, name) for name, trial in runs if trial.state == TrialState.COMPLETE]
+                if self.tests == "best" and complete:
+                    _, best = min(complete)
+                    try:
+                        with self._alone():
+                            self._test(best)
+                    except LabError as untested:
+                        failed[best] = f"could not be tested: {untested}"
             except StoppedError as stopped:
-                self._write_state(self.study.requeue())
+                self._refresh()
                 say("stopped; the same command continues the sweep")
                 raise SystemExit(128 + stopped.args[0]) from None
-            failed = {name: t for name, t in self.study.runs().items() if t.state == TrialState.FAIL}
-        for name, trial in failed.items():
-            self._say(name, f"failed: {trial.user_attrs.get('error')}")
+            finally:
+                stop_listening()
+        for name, error in failed.items():
+            self._say(name, f"failed: {error}")
         if failed:
             say("failed runs are tried again with --sweep.retry_failed true")
-        return 0 if tested and not failed else 1
+        return 1 if failed else 0
 
     def open(self) -> None:
         """Make the sweep or continue it, and prepare what its runs share."""
@@ -149,21 +162,21 @@ class Sweep:
         definition = flatten(yaml.safe_load(self.base) or {})
         definition |= {f"sweep.{key}": getattr(self.settings, key) for key in DEFINING}
         with self._alone():
-            self.study = Study(
-                self.url,
-                self.directory.resolve().name if self.settings.storage else "sweep",
-                prune=self.settings.prune,
-                heartbeat_s=self.heartbeat_s,
-                grace_s=self.grace_s,
-            )
+            name = self.directory.resolve().name if self.settings.storage else "sweep"
+            self.study = Study(self.url, name, self.settings, self.heartbeat_s, self.grace_s)
             self.study.define(json.loads(json.dumps(definition, default=str)), str(self.directory))
-            taken = {name: trial.user_attrs.get("settings", {}) for name, trial in self.study.runs().items()}
-            self.planned = new_points(self.planned, taken)
-            runs = self.study.requeue(failed=self.settings.retry_failed)
-            if self._next(runs) or not all(trial.state.is_finished() for trial in runs.values()):
+            queued = self.study.runs()
+            for name, trial in queued.items():
+                if trial.state == TrialState.FAIL and self.settings.retry_failed:
+                    self.study.queue(name, trial)
+            begun = {name: trial.user_attrs["settings"] for name, trial in queued.items()}
+            drawn: Mapping[str, Any] = {f"trial-{number:03d}": {} for number in range(self.settings.trials)}
+            for name, settings in (drawn if self.space else all_runs(self.points, begun)).items():
+                self.runs[name] = create_trial(state=TrialState.WAITING, user_attrs={"settings": settings})
+            self.runs |= self.study.runs()
+            if not all(trial.state.is_finished() for trial in self.runs.values()):
                 self.prepare()
         write_whole(self.directory / BASE_CONFIG, self.base)
-        self._opened = time.monotonic()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -173,69 +186,59 @@ class Sweep:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _next(self, runs: dict[str, FrozenTrial]) -> dict[str, Any] | None:
-        """Name and settings of the next run to queue; those of a search are drawn when it begins."""
-        if self.space:
-            return {"name": f"trial-{len(runs):03d}"} if len(runs) < self.settings.trials else None
-        return next(({"name": p.name, "settings": dict(p.settings)} for p in self.planned if p.name not in runs), None)
-
     def _await_work(self) -> bool:
         """Wait until a run can be taken; return False once all have ended."""
-        written: dict[str, FrozenTrial] | None = None
-        said: set[str] = set()
+        said = False
         while True:
             self.commands.leave_if_signalled()
-            runs = self.study.requeue()
-            if runs != written:
-                self._write_state(runs)
-                written = runs
-            states = [trial.state for trial in runs.values()]
+            queued = self._refresh()
+            states = [trial.state for trial in queued.values()]
             if TrialState.WAITING in states:
-                self._seed_sampler(states.index(TrialState.WAITING))
                 return True
-            running = {name for name, trial in runs.items() if trial.state == TrialState.RUNNING}
-            # what a killed worker left comes before new runs, and looks at first as if its worker lived
-            unsure = running and time.monotonic() < self._opened + self.grace_s + 2
-            if not unsure and (new := self._next(runs)):
-                self.study.queue(new)
-                continue
+            running = TrialState.RUNNING in states
+            new = next((name for name in self.runs if name not in queued), None)
+            if new and not (running and time.monotonic() < self._sure_at):  # what was interrupted comes first
+                self.study.queue(new, self.runs[new])
+                return True
             if not running:
                 return False
-            for name in sorted(running - said):
-                self._say(name, "is run by another worker, or was until that was killed; waiting")
-            said |= running
+            if not said:
+                say("waiting for runs of other workers, or of killed ones until it is sure that they are gone")
+                said = True
             time.sleep(POLL_S)
 
-    def _seed_sampler(self, *key: int) -> None:
-        self.study.seed_sampler(self.settings.sampler, self.settings.seed, *key)
-
-    def _write_state(self, runs: dict[str, FrozenTrial]) -> None:
-        """Write ``sweep.json``, from which reports read."""
-        rows = [
+    def _refresh(self) -> dict[str, FrozenTrial]:
+        """Look what has become of all runs and write it to ``sweep.json`` for reports; return those that are queued."""
+        queued = self.study.runs()
+        self.runs |= queued
+        trials = [
             {
+                "number": number,
+                "run": f"{TRIALS}/{name}",
                 "name": name,
-                "state": {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower()),
-                "settings": trial.user_attrs.get("settings", {}),
+                "state": "failed" if trial.state == TrialState.FAIL else trial.state.name.lower(),
+                "settings": trial.user_attrs["settings"],
                 "value": trial.value,
                 "error": trial.user_attrs.get("error"),
             }
-            for name, trial in runs.items()
+            for number, (name, trial) in enumerate(self.runs.items())
         ]
-        later = [wanted for wanted in self.planned if wanted.name not in runs]
-        rows += [{"name": wanted.name, "state": "waiting", "settings": wanted.settings} for wanted in later]
-        self._names = [row["name"] for row in rows]
-        trials = [{"number": number, "run": f"{TRIALS}/{row['name']}", **row} for number, row in enumerate(rows)]
         state = {"name": self.directory.resolve().name, "kind": "search" if self.space else "grid", "trials": trials}
-        write_whole(self.directory / SWEEP_FILE, json.dumps(state, indent=2) + "\n")
+        content, path = json.dumps(state, indent=2) + "\n", self.directory / SWEEP_FILE
+        if not path.is_file() or path.read_text() != content:
+            write_whole(path, content)
+        return queued
 
     # -- one run -------------------------------------------------------------------------------------------------
 
     def _objective(self, trial: optuna.Trial) -> float:
         """Train and test a run; return its lowest validation loss."""
-        name = trial.user_attrs["name"]
-        self._write_state(self.study.runs())
-        # one that is queued again draws too: its values are fixed, and Optuna is to know them
-        settings = self._draw(trial, name) if self.space else trial.user_attrs["settings"]
+        self._refresh()
+        name, settings = trial.user_attrs["name"], trial.user_attrs["settings"]
+        if self.space:
+            settings = tied(self.study.draw(trial, self.space), self.settings.tie)
+            trial.set_user_attr("settings", settings)
+            self.resolve(settings)
         self._train(trial, name, settings)
         if self.tests == "all":
             self._test(name)
@@ -245,82 +248,47 @@ class Sweep:
         self._say(name, f"val_loss {best['val_loss']:.6f}")
         return best["val_loss"]
 
-    def _draw(self, trial: optuna.Trial, name: str) -> dict[str, Any]:
-        """Settings for a run of a search.
-
-        Raises:
-            LabError: What was drawn turns out impossible.
-
-        """
-        values = {}
-        for index, (key, range_) in enumerate(self.space.items()):
-            self._seed_sampler(self._names.index(name), index)
-            values[key] = draw(trial, key, range_)
-        drawn = point(name, values, self.settings)
-        try:
-            drawn = self.resolve(drawn)
-        finally:
-            trial.set_user_attr("settings", dict(drawn.settings))
-        return dict(drawn.settings)
-
-    def _train(self, trial: optuna.Trial, name: str, settings: dict[str, Any]) -> None:
+    def _train(self, trial: optuna.Trial, name: str, settings: Mapping[str, Any]) -> None:
         run_dir = self.directory / TRIALS / name
         reported: set[int] = set()
 
-        def report() -> None:
+        def report(line: str) -> None:
+            self._say(name, line)
             for row in read_metrics(run_dir / METRICS)[0]:
                 step = int(row.values["step"])
                 if "val_loss" in row.values and step not in reported:
                     reported.add(step)
                     trial.report(row.values["val_loss"], step)
-                    if trial.should_prune():
+                    if self.settings.prune and trial.should_prune():  # by Optuna's median pruner
                         self._say(name, "pruned: above the median")
                         raise optuna.TrialPruned
 
-        report()
         while True:
             if is_locked(run_dir):
                 self._say(name, "is still run by the process that a killed worker left; waiting for it")
             while is_locked(run_dir):
                 time.sleep(POLL_S)
                 self.commands.leave_if_signalled()
-            continued = (run_dir / CHECKPOINTS / "last.ckpt").is_file()
-            if not continued and run_dir.is_dir():  # killed before its first checkpoint: nothing to keep
+            command = ["fit", f"--config={self.directory / BASE_CONFIG}", f"--run_dir={run_dir}", *flags(settings)]
+            if (run_dir / CHECKPOINTS / "last.ckpt").is_file():
+                command.append("--ckpt_path=last")
+            elif run_dir.is_dir():  # killed before its first checkpoint: nothing to keep
                 shutil.rmtree(run_dir)
-            self._say(name, "continues" if continued else "begins")
-            flags = [f"--run_dir={run_dir}", *Point(name, settings).flags, *(["--ckpt_path=last"] if continued else [])]
+            report("continues" if "--ckpt_path=last" in command else "begins")
             try:
-                return self._command(name, ["fit", f"--config={self.directory / BASE_CONFIG}", *flags], report)
+                return self.commands.run(command, self._log(name), report)
             except LabError:
                 if not is_locked(run_dir):  # else by such a process that was still loading
                     raise
 
     def _test(self, name: str) -> None:
         run_dir = self.directory / TRIALS / name
-        if not ((run_dir / "test.json").is_file() and (run_dir / "test_examples.csv").is_file()):
-            self._command(name, ["test", f"--run_dir={run_dir}", "--ckpt_path=best"])
+        if not (run_dir / "test_examples.csv").is_file():  # which comes after test.json
+            command = ["test", f"--run_dir={run_dir}", "--ckpt_path=best"]
+            self.commands.run(command, self._log(name), partial(self._say, name))
 
-    def _test_best(self) -> bool:
-        """Test the best run; return False where that failed."""
-        runs = self.study.runs().items()
-        values = [(trial.value, name) for name, trial in runs if trial.state == TrialState.COMPLETE]
-        for _, name in sorted(values)[:1]:
-            try:
-                with self._alone():
-                    self._test(name)
-            except LabError as error:
-                self._say(name, f"could not be tested: {error}")
-                return False
-        return True
-
-    def _command(self, name: str, arguments: list[str], on_output: Callable[[], None] = lambda: None) -> None:
-        def on_lines(lines: list[str]) -> None:
-            for line in lines:
-                self._say(name, line)
-            on_output()
-
-        self.commands.run(arguments, self.directory / LOGS / f"{name}.log", on_lines)
+    def _log(self, name: str) -> Path:
+        return self.directory / LOGS / f"{name}.log"
 
     def _say(self, name: str, text: str) -> None:
-        total = self.settings.trials if self.space else len(self._names)
-        say(f"[{self._names.index(name) + 1}/{total} {name}] {text}")
+        say(f"[{[*self.runs].index(name) + 1}/{len(self.runs)} {name}] {text}")

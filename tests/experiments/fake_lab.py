@@ -72,8 +72,8 @@ def save(checkpoint: Path, step: int) -> None:
 
 def test(options: dict[str, str]) -> int:
     run = Path(options["run_dir"])
-    (run / "test_examples.csv").write_text("row,loss,supervised_tokens\n")
     (run / "test.json").write_text(json.dumps({"test_loss": 1.0, "test_perplexity": 2.7, "test_token_accuracy": 0.5}))
+    (run / "test_examples.csv").write_text("row,loss,supervised_tokens\n")
     return 0
 
 
@@ -86,7 +86,7 @@ def sweep_of(directory: Path, settings: dict[str, Any], base: str = "model:\n  b
         directory,
         SweepSettings(**settings),
         base,
-        resolve=lambda point: point,
+        resolve=dict,
         prepare=lambda: None,
         program=(sys.executable, str(Path(__file__).resolve())),
         heartbeat_s=1,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import optuna
 import pytest
 
 from lightning_lab.errors import LabError
-from lightning_lab.experiments.points import Point, SweepSettings
+from lightning_lab.experiments.points import SweepSettings
 from lightning_lab.experiments.sweep import Sweep
 from tests.experiments.fake_lab import STEPS, loss, sweep_of
 from tests.processes import processes_in
@@ -234,10 +235,10 @@ def test_a_suspended_worker_gives_its_run_away(tmp_path: Path) -> None:
 
 def test_killed_before_its_first_heartbeat(tmp_path: Path) -> None:
     """Optuna's own remedy does not see such a trial."""
-    sweep_of(tmp_path / "sweep", {"grid": {"model.lr": [1e-4]}}).open()
-    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/sweep/study.db")
-    study.enqueue_trial({}, user_attrs={"name": "lr1e-4", "settings": {"model.lr": 1e-4}})
-    study.ask()
+    sweep = sweep_of(tmp_path / "sweep", {"grid": {"model.lr": [1e-4]}})
+    sweep.open()
+    sweep.study.queue("lr1e-4", sweep.runs["lr1e-4"])
+    sweep.study.optuna.ask()
     finish(tmp_path, {"grid": {"model.lr": [1e-4]}})
     assert [t["state"] for t in record(tmp_path)] == ["complete"]
 
@@ -423,9 +424,8 @@ def test_nohup_is_respected(tmp_path: Path) -> None:
 class TestAnotherSweep:
     def test_in_the_same_directory(self, tmp_path: Path) -> None:
         def sweep(base: str, **settings: Any) -> Sweep:
-            return Sweep(
-                tmp_path / "sweep", SweepSettings(**settings), base, lambda point: point, lambda: None, ("false",)
-            )
+            directory = tmp_path / "sweep"
+            return Sweep(directory, SweepSettings(**settings), base, dict, lambda: None, ("false",))
 
         sweep("model: {lr: 1, r: 4}", **GRID).open()
         sweep("model: {lr: 1, r: 4}", **GRID).open()
@@ -441,7 +441,7 @@ class TestAnotherSweep:
 
     def test_over_something_else(self, tmp_path: Path) -> None:
         (tmp_path / "metrics.csv").write_text("")
-        sweep = Sweep(tmp_path, SweepSettings(**GRID), "", lambda point: point, lambda: None)
+        sweep = Sweep(tmp_path, SweepSettings(**GRID), "", dict, lambda: None)
         with pytest.raises(LabError, match="exists and is not a sweep"):
             sweep.run()
         assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
@@ -480,6 +480,8 @@ class TestSearch:
             kill_tree(process, tmp_path)
         finish(tmp_path, settings)
         assert record(tmp_path) == record(searched)
+        study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/sweep/study.db")
+        assert len(study.trials) == 14  # one a run, however often that was interrupted
 
     def test_workers_never_make_too_many(self, tmp_path: Path) -> None:
         workers = [start(tmp_path, SEARCH, step_s=0.15, grace_s=3) for _ in range(3)]
@@ -500,10 +502,10 @@ class TestSearch:
     def test_drawn_values_that_cannot_run_are_failed_trials(self, tmp_path: Path) -> None:
         """The ends of the range can; what lies between them cannot, and is never started."""
 
-        def resolve(point: Point) -> Point:
-            if point.settings["model.lr"] not in (1.0, 2.0):
-                raise LabError(f"model.lr is {point.settings['model.lr']}; it must be whole")
-            return point
+        def resolve(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+            if settings["model.lr"] not in (1.0, 2.0):
+                raise LabError(f"model.lr is {settings['model.lr']}; it must be whole")
+            return settings
 
         settings = SweepSettings(search={"model.lr": {"low": 1.0, "high": 2.0}}, trials=3)
         directory = tmp_path / "sweep"
