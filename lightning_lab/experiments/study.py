@@ -17,6 +17,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from typing_extensions import override
@@ -89,8 +90,8 @@ class Study:
     def __init__(self, url: str, name: str, settings: SweepSettings, heartbeat_s: int, grace_s: int) -> None:
         self.settings = settings
         timeout = {"connect_args": {"timeout": DATABASE_TIMEOUT_S}}
-        engine = timeout if url.startswith("sqlite") else {"pool_pre_ping": True}
-        connect = partial(_Storage, url, engine, heartbeat_interval=heartbeat_s, grace_period=grace_s)
+        options = timeout if url.startswith("sqlite") else {"pool_pre_ping": True}
+        connect = partial(_Storage, url, options, heartbeat_interval=heartbeat_s, grace_period=grace_s)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats
         warnings.filterwarnings("ignore", "The reported value is ignored")  # before the run was interrupted
@@ -100,6 +101,11 @@ class Study:
             except DBAPIError:  # another machine makes the same tables
                 time.sleep(1)
                 storage = connect()
+            if url.startswith("sqlite"):  # taking a trial reads and then writes: the lock comes before the reading
+                engine = storage.engine
+                event.listen(engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
+                event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+                engine.dispose()  # the connection without them
             self.optuna = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
 
     def define(self, definition: dict[str, Any], directory: str) -> None:
