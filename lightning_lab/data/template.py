@@ -10,13 +10,14 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_lab.data.conversation import Message, RowError
 from lightning_lab.errors import LabError
@@ -55,8 +56,7 @@ class Rendered:
     contents: tuple[Span, ...]
 
 
-@dataclass(frozen=True)
-class _Skeleton:
+class _Skeleton(NamedTuple):
     """``literals[0] <message order[0]> literals[1] ... literals[-1]``."""
 
     literals: tuple[str, ...]
@@ -98,14 +98,16 @@ class ChatTemplate:
 
         written = "\0".join(skeleton.literals)
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-        control = {i: token for i, token in added.items() if _is_control(token, written)}
-        self.control_ids: dict[str, int] = {token.content: i for i, token in control.items()}
+        self.control_ids: dict[str, int] = {t.content: i for i, t in added.items() if _is_control(t, written)}
         if template == "llama-3.1" and not self.control_ids.keys() >= _LLAMA_TOKENS:
             missing = ", ".join(sorted(_LLAMA_TOKENS - self.control_ids.keys()))
             raise LabError(f"data.template llama-3.1 needs {missing}, which this tokenizer lacks; use 'tokenizer'")
-        self.control_pattern = _token_pattern(control.values())
-        closing = re.match(rf"\s*(?:{_alternatives(self.control_ids)})", skeleton.literals[-1])
-        self.end_of_turn = closing.group() if closing else ""
+        # As tokenizers match: the longest first, and some take in the whitespace beside them. Without any: never.
+        control = sorted((added[i] for i in self.control_ids.values()), key=lambda token: -len(token.content))
+        pattern = "|".join(r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in control) or "(?!)"
+        self.control_pattern = re.compile(pattern)
+        closing = re.match(rf"\s*(?:{pattern})", skeleton.literals[-1])
+        self.end_of_turn = closing.group().rstrip() if closing else ""
         adds_bos = tokenizer.bos_token and tokenizer.bos_token_id in tokenizer.backend_tokenizer.encode("x").ids
         if adds_bos and not skeleton.literals[0].startswith(tokenizer.bos_token):
             self.bos = tokenizer.bos_token
@@ -124,9 +126,10 @@ class ChatTemplate:
         """
         contents = [message.content for message in messages]
         text = self._apply(messages, contents, add_generation_prompt)
-        for keep_blank in (False, True):
+        for keep_blank, verbatim in product((False, True), (True, False)):  # nearly always the first one fits
             skeleton = self._skeleton(messages, add_generation_prompt, keep_blank)
-            places = _place(text, skeleton, contents)
+            variants = [[contents[i]] if verbatim else _variants(contents[i]) for i in skeleton.order]
+            places = _walk(text, skeleton.literals, variants)
             if places is not None:
                 break
         else:
@@ -177,18 +180,6 @@ class ChatTemplate:
             self._skeletons.clear()
         self._skeletons[key] = skeleton
         return skeleton
-
-
-def _place(text: str, skeleton: _Skeleton, contents: Sequence[str]) -> list[Span] | None:
-    """Find where each content of the skeleton stands, so that contents and literals make up the whole text.
-
-    Nearly always every content stands there as it is, which is tried first.
-    """
-    verbatim = [[contents[i]] for i in skeleton.order]
-    places = _walk(text, skeleton.literals, verbatim)
-    if places is None:
-        places = _walk(text, skeleton.literals, [_variants(contents[i]) for i in skeleton.order])
-    return places
 
 
 def _variants(content: str) -> list[str]:
@@ -271,20 +262,3 @@ def _is_control(token: "AddedToken", written: str) -> bool:
     if token.special or re.fullmatch(r"<[|｜].+[|｜]>", content):
         return True
     return content in written and not content.isspace() and not content.isalnum()
-
-
-def _alternatives(tokens: Iterable[str]) -> str:
-    """Return a pattern of the tokens, the longest first as tokenizers match them; without any it never matches."""
-    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
-
-
-def _token_pattern(tokens: Iterable["AddedToken"]) -> re.Pattern[str]:
-    """Return a pattern that matches like the tokenizer: some tokens take the whitespace beside them in."""
-    longest_first = sorted(tokens, key=lambda token: len(token.content), reverse=True)
-    greedy = [
-        r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
-        for token in longest_first
-        if token.lstrip or token.rstrip
-    ]
-    plain = _alternatives(token.content for token in longest_first if not token.lstrip and not token.rstrip)
-    return re.compile("|".join([*greedy, plain]))
