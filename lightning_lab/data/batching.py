@@ -33,11 +33,6 @@ class SplitData:
     rows: np.ndarray
     dropped: dict[int, str]
 
-    @property
-    def all_rows(self) -> list[int]:
-        """The split's rows, those dropped too, in source order."""
-        return sorted([*self.rows.tolist(), *self.dropped])
-
 
 def split_rows(sizes: Sequence[int], rows: int, seed: int, dropped: Mapping[int, str]) -> dict[str, SplitData]:
     """Deal ``rows`` source rows out to the three splits by ``numpy.random.default_rng(seed).permutation``.

@@ -110,7 +110,7 @@ class ChatDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["seed"])
-        check_arguments("data", type(self).__init__, {**self.hparams, "seed": seed}, RANGES)
+        check_arguments("data", ChatDataModule.__init__, {**self.hparams, "seed": seed}, RANGES)
         self.source, self.predict_source, self.eval_split = source, predict_source, eval_split
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.micro_batch_tokens, self.eval_micro_batch_tokens = micro_batch_tokens, eval_micro_batch_tokens
@@ -315,23 +315,6 @@ class ChatDataModule(pl.LightningDataModule):
         return prompts
 
     # -- figures -------------------------------------------------------------------------------------------------
-
-    def packing_statistics(self) -> dict[str, Any]:
-        """How the first epoch's steps are cut into micro-batches, for `preview`."""
-        lengths = self.tokenized.lengths[self.splits["train"].rows]
-        steps = [lengths[self.step_documents(step)].tolist() for step in range(self.steps_per_epoch)]
-        budget = self._budget(self.micro_batch_tokens)
-        micro_batches = sum(len(batching.pack(step, budget)) for step in steps)
-        tokens = sum(map(sum, steps))
-        padded = sum(len(step) * max(step) for step in steps)
-        return {
-            "optimizer steps an epoch": len(steps),
-            "conversations a step": self.batch_size,
-            "tokens a step (mean)": round(tokens / max(1, len(steps))),
-            "micro-batches a step (mean)": round(micro_batches / max(1, len(steps)), 2),
-            "fill of a micro-batch (mean)": f"{tokens / max(1, micro_batches * budget):.0%}",
-            "tokens that padding each step to its longest would add": f"{padded / max(1, tokens) - 1:.0%}",
-        }
 
     def record(self) -> dict[str, Any]:
         """What ``environment.json`` says of the data: fingerprint, split sizes, rows dropped and truncated."""

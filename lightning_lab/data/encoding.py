@@ -88,6 +88,9 @@ class _Piece(NamedTuple):
     span: int | None
 
 
+_Tokens = tuple[list[int], int | None]  # of a piece, and its span
+
+
 class ConversationEncoder:
     """Renders and tokenises conversations for one tokenizer, template and set of rules.
 
@@ -143,9 +146,9 @@ class ConversationEncoder:
         A `RowError` stands in the place of a conversation that is refused: by `ChatTemplate.render`, as nothing is left
         to learn after truncation, or as `RowTooLongError`. An error among the conversations stays in its place.
         """
-        pieces = [or_error(lambda c: self._pieces(self.template.render(c.messages)), c) for c in conversations]
-        ids_of = self._tokenize([made for made in pieces if not isinstance(made, RowError)])
-        return [or_error(lambda made: self._assemble(made, ids_of), made) for made in pieces]
+        texts = [or_error(lambda c: self._pieces(self.template.render(c.messages)), c) for c in conversations]
+        tokens = iter(self._tokenize([text for text in texts if not isinstance(text, RowError)]))
+        return [text if isinstance(text, RowError) else or_error(self._assemble, next(tokens)) for text in texts]
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """Tokenise the messages before an answer, and the header that opens it; nothing is truncated.
@@ -162,8 +165,7 @@ class ConversationEncoder:
     def token_ids(self, texts: Sequence[Rendered]) -> list[list[int]]:
         """Tokenise whole texts, cut at the edges of their spans and at control tokens alone."""
         pieces = [self._pieces(text) for text in texts]
-        ids_of = self._tokenize(pieces)
-        return [[i for piece in made for i in _ids(piece, ids_of)] for made in pieces]
+        return [[i for ids, _ in tokens for i in ids] for tokens in self._tokenize(pieces)]
 
     def _pieces(self, rendered: Rendered) -> list[_Piece]:
         """Cut the text at every span's start and end, and at the control tokens."""
@@ -209,24 +211,26 @@ class ConversationEncoder:
         # For a piece after plain text and for one after a control token: must it be kept from getting a space?
         self._adds_space = (adds_space, adds_space and ids(f"{token}x")[1:] != ids("x"))
 
-    def _tokenize(self, texts: Sequence[list[_Piece]]) -> dict[str, list[int]]:
+    def _tokenize(self, texts: Sequence[list[_Piece]]) -> list[list[_Tokens]]:
         """Tokenise each distinct piece of plain text."""
         contents = {piece.content: None for pieces in texts for piece in pieces if isinstance(piece.content, str)}
         self._backend.encode_special_tokens = True  # as plain text: `_pieces` places the tokens that count
         encodings = self._backend.encode_batch_fast(list(contents), add_special_tokens=False)
-        return {content: encoding.ids for content, encoding in zip(contents, encodings, strict=True)}
+        ids_of = {content: encoding.ids for content, encoding in zip(contents, encodings, strict=True)}
+        return [
+            [([c] if isinstance(c, int) else ids_of[c][skip:], span) for c, skip, span in pieces] for pieces in texts
+        ]
 
-    def _assemble(self, pieces: list[_Piece], ids_of: dict[str, list[int]]) -> Encoded:
+    def _assemble(self, pieces: list[_Tokens]) -> Encoded:
         """Lay ids and mask side by side, and truncate both."""
         ids: list[int] = []
         supervised: list[bool] = []
         answer_ends: dict[int, int] = {}  # in tokens
-        for piece in pieces:
-            tokens = _ids(piece, ids_of)
+        for tokens, span in pieces:
             ids += tokens
-            supervised += [piece.span is not None] * len(tokens)
-            if piece.span is not None:
-                answer_ends[piece.span] = len(ids)
+            supervised += [span is not None] * len(tokens)
+            if span is not None:
+                answer_ends[span] = len(ids)
 
         length = len(ids)
         limit = length if self.max_length is None else self.max_length
@@ -246,7 +250,3 @@ class ConversationEncoder:
                 )
             raise RowError("nothing left to learn: its answers are empty and the template writes no end-of-turn token")
         return Encoded(ids, supervised, truncated)
-
-
-def _ids(piece: _Piece, ids_of: dict[str, list[int]]) -> list[int]:
-    return [piece.content] if isinstance(piece.content, int) else ids_of[piece.content][piece.skip :]

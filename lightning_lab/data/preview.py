@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -34,7 +34,8 @@ def preview(data: ChatDataModule, *, limit: int = 3, as_json: bool = False, file
 
     """
     file = file or sys.stdout
-    rows = data.splits[data.eval_split].all_rows if data.eval_split else range(len(data.rows))
+    split = data.splits[data.eval_split] if data.eval_split else None
+    rows = sorted([*split.rows.tolist(), *split.dropped]) if split else range(len(data.rows))
     kept = [row for row in rows if row not in data.tokenized.dropped]
     if as_json:
         for row in kept[:limit]:
@@ -106,8 +107,27 @@ def _summary(data: ChatDataModule, rows: Sequence[int], kept: Sequence[int]) -> 
         yield f"dropped {line}"
     if len(dropped) > _NAMED_ROWS:
         yield f"dropped{_more(dropped)}"
-    for name, value in data.packing_statistics().items():
+    for name, value in packing_statistics(data).items():
         yield f"{name}: {value}"
+
+
+def packing_statistics(data: ChatDataModule) -> dict[str, Any]:
+    """How the first epoch's steps are cut into micro-batches."""
+    steps = tokens = micro_batches = padded = 0
+    for step in range(data.steps_per_epoch):
+        batch = data.step_batch(step)
+        steps += 1
+        tokens += batch.tokens
+        micro_batches += len(batch.micro_batches)
+        padded += len(batch.rows) * int(data.tokenized.lengths[list(batch.rows)].max())
+    return {
+        "optimizer steps an epoch": steps,
+        "conversations a step": data.batch_size,
+        "tokens a step (mean)": round(tokens / max(1, steps)),
+        "micro-batches a step (mean)": round(micro_batches / max(1, steps), 2),
+        "fill of a micro-batch (mean)": f"{tokens / max(1, micro_batches * int(data.micro_batch_tokens)):.0%}",
+        "tokens that padding each step to its longest would add": f"{padded / max(1, tokens) - 1:.0%}",
+    }
 
 
 def _more(found: Sequence[object]) -> str:

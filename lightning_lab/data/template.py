@@ -125,7 +125,7 @@ class ChatTemplate:
 
         """
         contents = [message.content for message in messages]
-        text = self._apply(messages, contents, add_generation_prompt)
+        text = self._apply(messages, add_generation_prompt)
         for keep_blank, verbatim in product((False, True), (True, False)):  # nearly always the first one fits
             skeleton = self._skeleton(messages, add_generation_prompt, keep_blank)
             variants = [[contents[i]] if verbatim else _variants(contents[i]) for i in skeleton.order]
@@ -143,8 +143,8 @@ class ChatTemplate:
                 spans.append((start, end + len(self.end_of_turn) * after.startswith(self.end_of_turn)))
         return Rendered(text, tuple(spans), tuple(places))
 
-    def _apply(self, messages: Sequence[Message], contents: Sequence[str], add_generation_prompt: bool) -> str:
-        turns = [{"role": message.role, "content": text} for message, text in zip(messages, contents, strict=True)]
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        turns = [message._asdict() for message in messages]
         try:
             text: str = self._tokenizer.apply_chat_template(
                 turns, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -167,8 +167,8 @@ class ChatTemplate:
         if key in self._skeletons:
             return self._skeletons[key]
         # Private-use characters: no template takes them for whitespace or markup.
-        contents = [kept.get(i, f"\ue000{i}\ue001") for i in range(len(messages))]
-        parts = re.split("\ue000([0-9]+)\ue001", self._apply(messages, contents, add_generation_prompt))
+        marked = [Message(m.role, kept.get(i, f"\ue000{i}\ue001")) for i, m in enumerate(messages)]
+        parts = re.split("\ue000([0-9]+)\ue001", self._apply(marked, add_generation_prompt))
         skeleton = _Skeleton(tuple(parts[::2]), tuple(map(int, parts[1::2])))
         for i, message in enumerate(messages):
             if skeleton.order.count(i) != 1 and (i not in kept or message.role == "assistant"):
@@ -191,31 +191,20 @@ def _variants(content: str) -> list[str]:
 def _walk(text: str, literals: Sequence[str], variants: Sequence[Sequence[str]]) -> list[Span] | None:
     """Walk literals and contents along the text; None when they do not make up all of it.
 
-    After each message all positions that can be reached are kept, each with the place of the message and the position
-    before it; of several ways to a position the one of earlier variants counts.
+    After each message all positions that can be reached are kept, each with the places of the messages before it; of
+    several ways to a position the one of earlier variants counts.
     """
     first, *others = literals
-    if not text.startswith(first):
-        return None
-    steps: list[dict[int, tuple[int, Span]]] = []
-    reached = [len(first)]
+    reached: dict[int, list[Span]] = {len(first): []} if text.startswith(first) else {}
     for choices, literal in zip(variants, others, strict=True):
-        step: dict[int, tuple[int, Span]] = {}
-        for start in reached:
+        before, reached = reached, {}
+        for start, places in before.items():
             for content in choices:
                 end = start + len(content)
-                if text.startswith(content, start) and text.startswith(literal, end):
-                    step.setdefault(end + len(literal), (start, (start, end)))
-        steps.append(step)
-        reached = list(step)
-    if len(text) not in reached:
-        return None
-    places: list[Span] = []
-    position = len(text)
-    for step in reversed(steps):
-        position, place = step[position]
-        places.append(place)
-    return places[::-1]
+                after = end + len(literal)
+                if after not in reached and text.startswith(content, start) and text.startswith(literal, end):
+                    reached[after] = [*places, (start, end)]
+    return reached.get(len(text))
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def tokenize_rows(
                 raise LabError(f"{rows.where(index)}: {reason}; correct the row or set data.on_bad_row to drop")
         return table
 
-    table = _read(path, len(rows))
+    table = _read(path)
     if table is None:
         if progress:
             print(f"tokenising {len(rows):,} rows of {rows.name}", file=sys.stderr)
@@ -173,16 +173,14 @@ def _encode(rows: Rows, encoder: ConversationEncoder, first: int) -> pa.Table:
     )
 
 
-def _read(path: Path, rows: int) -> pa.Table | None:
+def _read(path: Path) -> pa.Table | None:
     """Read a cache file whole; None where it is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
     if hashlib.sha256(content[:-_SUM_BYTES]).digest() == content[-_SUM_BYTES:]:
-        table = pa.ipc.open_stream(content).read_all()
-        if len(table) == rows:
-            return table
+        return pa.ipc.open_stream(content).read_all()
     print(f"warning: {path} is damaged; tokenising anew", file=sys.stderr)
     return None
 

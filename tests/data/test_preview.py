@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lightning_lab.data.datamodule import ChatDataModule
-from lightning_lab.data.preview import preview
+from lightning_lab.data.preview import packing_statistics, preview
 
 ROWS = [
     {"instruction": "Say [bold]hi[/bold]", "output": "hi \x1b[31m", "system": "s"},
@@ -67,7 +67,7 @@ def test_text(data: ChatDataModule) -> None:
         f"dropped {data.source} row 1: no 'conversations', 'messages' or 'instruction' in the row (keys found: text)"
         in text
     )
-    figures = "".join(f"{name}: {value}\n" for name, value in data.packing_statistics().items())
+    figures = "".join(f"{name}: {value}\n" for name, value in packing_statistics(data).items())
     assert text.endswith(figures)
     assert f"{data.tokenized.lengths.sum()} tokens, {data.tokenized.supervised.sum()} supervised" in text
     assert "p100 34" in text
@@ -75,7 +75,7 @@ def test_text(data: ChatDataModule) -> None:
 
 def test_a_split_and_a_limit(data: ChatDataModule) -> None:
     data.eval_split = "validation"
-    mine = np.random.default_rng(3407).permutation(4)[2:].tolist()
+    mine: list[int] = np.random.default_rng(3407).permutation(4)[2:].tolist()
     kept = sorted(row for row in mine if row != 1)
     text = shown(data, limit=1)
     assert [f"row {row}: " in text for row in (0, 2, 3)] == [row == kept[0] for row in (0, 2, 3)]
