@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
 
 def write_rows(path: Path, rows: int) -> None:
     """Write so many conversations, no two with the same beginning once chitchat's own are used up."""
-    conversations = load_rows("chitchat").rows
+    conversations = load_rows("chitchat")
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
             first, *others = conversations[number % len(conversations)]["messages"]

@@ -291,17 +291,7 @@ def _preview(cli: LabCLI) -> None:
     data, settings = cli.datamodule, cli.settings
     choose_auto(cli.model, data, planned_device(settings.trainer.accelerator))
     data.prepare(progress=not settings.json)
-    split = data.eval_split
-    preview(
-        data.tokenized,
-        data.rows,
-        data.tokenizer,
-        data.renderer,
-        limit=settings.limit,
-        indices=data.splits[split].all_rows if split else None,
-        as_json=settings.json,
-        packing=data.packing_statistics(),
-    )
+    preview(data, limit=settings.limit, as_json=settings.json)
 
 
 def run(command: str, argv: list[str]) -> int:

@@ -96,7 +96,7 @@ def short_chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = load_rows("embedded", 80)
     lines = []
     for i in range(80):
-        question, answer = parse_conversation(rows.rows[i]).messages[-2:]
+        question, answer = parse_conversation(rows[i]).messages[-2:]
         words = answer.content.split()[: 1 + (i * 7) % 40]
         lines.append(
             {

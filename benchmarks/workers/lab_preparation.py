@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lab.data.datamodule import ChatDataModule
-from lightning_lab.data.encoding import Renderer, load_tokenizer
+from lightning_lab.data.encoding import ConversationEncoder, load_tokenizer
 from lightning_lab.data.sources import load_rows
 from lightning_lab.data.tokenized import tokenize_rows
 
@@ -30,10 +30,10 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         tokenized = data.tokenized
         seconds = whole = time.perf_counter() - started
     else:
-        renderer = Renderer(load_tokenizer(spec["base"]), max_length=spec["max_length"])
+        encoder = ConversationEncoder(load_tokenizer(spec["base"]), max_length=spec["max_length"])
         rows = load_rows(spec["source"])
         opened = time.perf_counter()
-        tokenized = tokenize_rows(rows, renderer, on_bad_row="drop", progress=False)
+        tokenized = tokenize_rows(rows, encoder, on_bad_row="drop", progress=False)
         seconds, whole = time.perf_counter() - opened, time.perf_counter() - started
     return {
         "seconds": seconds,

@@ -4,10 +4,9 @@ A batch is one optimizer step. Which conversations a step holds is a pure functi
 is cut into micro-batches only decides memory and speed, never the result.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ from lightning_lab.data.conversation import Prompt
 from lightning_lab.data.encoding import IGNORED
 from lightning_lab.errors import LabError
 
-SPLITS = ("train", "validation", "test")
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,13 @@ class SplitData:
     """One split.
 
     Attributes:
-        name: ``train``, ``validation`` or ``test``.
         rows: int64 [conversations], the source rows that it keeps, in split order.
         dropped: Source rows that it dropped -> reason.
 
     """
 
-    name: str
     rows: np.ndarray
     dropped: dict[int, str]
-
-    @property
-    def all_rows(self) -> list[int]:
-        """The split's rows, those dropped too, in source order."""
-        return sorted([*self.rows.tolist(), *self.dropped])
 
 
 def split_rows(sizes: Sequence[int], rows: int, seed: int, dropped: Mapping[int, str]) -> dict[str, SplitData]:
@@ -47,11 +40,11 @@ def split_rows(sizes: Sequence[int], rows: int, seed: int, dropped: Mapping[int,
     Rows are dropped within a split, so that a dropped one moves no other.
     """
     order = np.random.default_rng(seed).permutation(rows).tolist()
-    splits = {}
+    splits: dict[str, SplitData] = {}
     for name, size, end in zip(SPLITS, sizes, np.cumsum(sizes).tolist(), strict=True):
         mine = order[end - size : end]
         kept = np.array([row for row in mine if row not in dropped], dtype=np.int64)
-        splits[name] = SplitData(name, kept, {row: dropped[row] for row in mine if row in dropped})
+        splits[name] = SplitData(kept, {row: dropped[row] for row in mine if row in dropped})
     return splits
 
 
@@ -62,11 +55,11 @@ def split_sizes(split: Sequence[int | float], rows: int, source: str) -> list[in
     share to train.
 
     Raises:
-        LabError: Not three numbers, a negative one, or more rows asked for than there are.
+        LabError: Not three numbers, all of them 0, or more rows asked for than there are.
 
     """
     shown = "/".join(f"{part:g}" for part in split)
-    if len(split) != 3 or not all(0 <= part < math.inf for part in split) or not sum(split):
+    if len(split) != 3 or not sum(split):
         raise LabError(f"data.split is {shown}; give three sizes or three fractions: train, validation, test")
     if sum(split) <= 1 + 1e-9:
         used = round(sum(split) * rows)
@@ -92,22 +85,40 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed + epoch))
 
 
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut documents into micro-batches of at most ``budget`` tokens: first fit, longest first.
+def share(lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """Deal documents out to processes so that their token counts are even: longest first to the least loaded.
+
+    Returns:
+        For each process the positions in ``lengths`` that it takes, ascending; a process may get none.
+
+    """
+    load = [0] * processes
+    dealt: list[list[int]] = [[] for _ in range(processes)]
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        least = load.index(min(load))
+        dealt[least].append(position)
+        load[least] += lengths[position]
+    return [sorted(positions) for positions in dealt]
+
+
+def pack(lengths: Sequence[int], budget: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """Cut a process's `share` of documents into micro-batches of ``budget`` tokens: first fit, longest first.
 
     A document longer than the budget is a micro-batch of its own. The result depends on the lengths alone.
 
     Args:
-        lengths: Tokens of each document.
+        lengths: Tokens of each document, of all processes.
         budget: Most tokens in a micro-batch.
+        rank: The process.
+        world_size: Number of processes.
 
     Returns:
-        Positions in ``lengths``, each exactly once, ascending within a micro-batch.
+        Positions in ``lengths``, each of the share's exactly once, ascending within a micro-batch.
 
     """
     room: list[int] = []
     packed: list[list[int]] = []
-    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for position in sorted(share(lengths, world_size)[rank], key=lambda i: -lengths[i]):
         length = lengths[position]
         fit = next((i for i, free in enumerate(room) if length <= free), None)
         if fit is None:
@@ -119,21 +130,8 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(documents) for documents in packed]
 
 
-def packing_figures(steps: Sequence[Sequence[int]], budget: int) -> dict[str, Any]:
-    """How well steps, each the lengths of its documents, fill micro-batches of ``budget`` tokens; for display."""
-    micro_batches = sum(len(pack(step, budget)) for step in steps)
-    tokens = sum(map(sum, steps))
-    padded = sum(len(step) * max(step) for step in steps)
-    return {
-        "tokens a step (mean)": round(tokens / max(1, len(steps))),
-        "micro-batches a step (mean)": round(micro_batches / max(1, len(steps)), 2),
-        "fill of a micro-batch (mean)": f"{tokens / max(1, micro_batches * budget):.0%}",
-        "tokens that padding each step to its longest would add": f"{padded / max(1, tokens) - 1:.0%}",
-    }
-
-
-@dataclass(frozen=True)
-class MicroBatch:
+# The batches are named tuples, as Lightning and PyTorch move and pin what stands in those.
+class MicroBatch(NamedTuple):
     """Documents laid one after another in a single row of ``T`` tokens, of which ``S`` are supervised.
 
     Attributes:
@@ -161,31 +159,8 @@ class MicroBatch:
     documents: tuple[int, ...]
     rows: tuple[int, ...]
 
-    @property
-    def tokens(self) -> int:
-        """Real tokens in the row."""
-        return sum(self.document_lengths)
 
-    @property
-    def supervised_tokens(self) -> int:
-        """Number of targets."""
-        return len(self.targets)
-
-    def to(self, device: torch.device, non_blocking: bool = True) -> Self:
-        """Copy the tensors to a device (asynchronously from pinned memory)."""
-        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Self:
-        """Called by a DataLoader with ``pin_memory=True``."""
-        return self._each_tensor(Tensor.pin_memory)
-
-    def _each_tensor(self, function: Any) -> Self:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
-
-
-@dataclass(frozen=True)
-class StepBatch:
+class StepBatch(NamedTuple):
     """One optimizer step: this process's micro-batches, and the counts of the whole step on all processes.
 
     Attributes:
@@ -193,7 +168,6 @@ class StepBatch:
         rows: Source rows of all conversations in the step, in visiting order.
         tokens: Real tokens of the step.
         supervised_tokens: Supervised tokens of the step; the loss and its gradient are divided by it.
-        padded_tokens: Tokens that all processes work on, padding included.
 
     """
 
@@ -201,19 +175,9 @@ class StepBatch:
     rows: tuple[int, ...]
     tokens: int
     supervised_tokens: int
-    padded_tokens: int
-
-    def to(self, device: torch.device, non_blocking: bool = True) -> Self:
-        """Copy all micro-batches to a device."""
-        return replace(self, micro_batches=tuple(m.to(device, non_blocking) for m in self.micro_batches))
-
-    def pin_memory(self) -> Self:
-        """Called by a DataLoader with ``pin_memory=True``."""
-        return replace(self, micro_batches=tuple(m.pin_memory() for m in self.micro_batches))
 
 
-@dataclass
-class PromptBatch:
+class PromptBatch(NamedTuple):
     """Prompts to answer, tokenised.
 
     Attributes:
@@ -251,43 +215,21 @@ def collate(
         rows: Each document's row in the source.
 
     """
-    lengths = tuple(len(ids) for ids, _ in examples)
-    starts = np.cumsum((0, *lengths))
-    predicting, targets, owners = [], [], []
-    for number, ((_, labels), start) in enumerate(zip(examples, starts, strict=False)):
-        supervised = np.flatnonzero(labels[1:] != IGNORED)
-        predicting.append(supervised + start)
-        targets.append(labels[1:][supervised])
-        owners.append(np.full(len(supervised), number))
-
-    def tensor(parts: Sequence[np.ndarray], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(dtype)
-
+    lengths = [len(ids) for ids, _ in examples]
+    starts = np.cumsum([0, *lengths])
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    labels = np.concatenate([labels for _, labels in examples])
+    labels[starts[:-1]] = IGNORED
+    supervised = np.flatnonzero(labels != IGNORED)
     return MicroBatch(
-        input_ids=tensor([ids for ids, _ in examples])[None],
-        position_ids=tensor([np.arange(length) for length in lengths])[None],
-        cu_seqlens=torch.from_numpy(starts).to(torch.int32),
-        predicting=tensor(predicting),
-        targets=tensor(targets),
-        target_documents=tensor(owners),
-        document_lengths=lengths,
-        target_counts=tuple(map(len, targets)),
+        input_ids=torch.from_numpy(np.concatenate([ids for ids, _ in examples])).long()[None],
+        position_ids=torch.from_numpy(np.arange(starts[-1]) - starts[owners])[None],
+        cu_seqlens=torch.from_numpy(starts).int(),
+        predicting=torch.from_numpy(supervised - 1),
+        targets=torch.from_numpy(labels[supervised]).long(),
+        target_documents=torch.from_numpy(owners[supervised]),
+        document_lengths=tuple(lengths),
+        target_counts=tuple(np.bincount(owners[supervised], minlength=len(lengths)).tolist()),
         documents=tuple(documents),
         rows=tuple(rows),
     )
-
-
-def share(lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Deal documents out to processes so that their token counts are even: longest first to the least loaded.
-
-    Returns:
-        For each process the positions in ``lengths`` that it takes, ascending; a process may get none.
-
-    """
-    load = [0] * processes
-    dealt: list[list[int]] = [[] for _ in range(processes)]
-    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        least = min(range(processes), key=lambda p: (load[p], p))
-        dealt[least].append(position)
-        load[least] += lengths[position]
-    return [sorted(positions) for positions in dealt]

@@ -1,8 +1,7 @@
 """One row of a chat data set -> a checked `Conversation`, and its last answer."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from lightning_lab.errors import LabError
 
@@ -26,7 +25,10 @@ _ROLES: dict[str, Role] = {
 
 
 class RowError(LabError):
-    """A row that cannot be learned from. The message is the reason alone; the caller adds file and row."""
+    """A row that cannot be learned from; it may stand in the row's place, so that the rows after it keep their index.
+
+    The message is the reason alone; the caller adds file and row.
+    """
 
 
 Item = TypeVar("Item")
@@ -43,43 +45,33 @@ def or_error(function: Callable[[Item], Result], item: Item | RowError) -> Resul
         return error
 
 
-@dataclass(frozen=True)
-class UnreadableRow:
-    """Stands in a data set for a row that could not even be read, so that the rows after it keep their index."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Message:
+# Named tuples, as Lightning, which looks for tensors inside the results of a prediction, refuses frozen dataclasses.
+class Message(NamedTuple):
     """One turn."""
 
     role: Role
     content: str
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """The turns of one row: at most one system message, and that first."""
 
     messages: tuple[Message, ...]
 
 
-class Prompt:
+class Prompt(NamedTuple):
     """A conversation to answer, and the answer that is known.
 
-    Not a dataclass: Lightning looks for tensors inside those of a prediction, and refuses frozen ones such as
-    `Conversation`.
-
-    Args:
+    Attributes:
         row: The conversation's row in its source.
         conversation: The turns before the answer.
         reference: The last answer; None where nobody has given one.
 
     """
 
-    def __init__(self, row: int, conversation: Conversation, reference: str | None) -> None:
-        self.row, self.conversation, self.reference = row, conversation, reference
+    row: int
+    conversation: Conversation
+    reference: str | None
 
     @classmethod
     def of(cls, row: int, conversation: Conversation) -> "Prompt | None":
@@ -89,7 +81,7 @@ class Prompt:
         return cls(row, Conversation(messages[:last]), messages[last].content) if last else None
 
 
-def parse_conversation(row: Mapping[str, Any] | UnreadableRow) -> Conversation:
+def parse_conversation(row: Mapping[str, Any] | RowError) -> Conversation:
     """Read a row in ShareGPT, `messages` or Alpaca format, recognised by its keys.
 
     * ``conversations`` or ``messages``: a list of turns, each with ``from``/``value`` or ``role``/``content``;
@@ -99,8 +91,8 @@ def parse_conversation(row: Mapping[str, Any] | UnreadableRow) -> Conversation:
     empty answers are allowed.
 
     Raises:
-        RowError: the row is none of these, has no assistant turn, or a turn is malformed; the reason names the turn,
-            counted from 1.
+        RowError: The row is one, has none of these formats or no assistant turn, or a turn is malformed; the reason
+            names the turn, counted from 1.
 
     """
     conversation = _parse(row, answered=True)
@@ -109,7 +101,7 @@ def parse_conversation(row: Mapping[str, Any] | UnreadableRow) -> Conversation:
     return conversation
 
 
-def parse_prompt(row: Mapping[str, Any] | UnreadableRow) -> tuple[Conversation, str | None]:
+def parse_prompt(row: Mapping[str, Any] | RowError) -> tuple[Conversation, str | None]:
     """Read a row to be answered: a conversation up to its last answer, and that answer where there is one.
 
     Beside the formats of `parse_conversation` a row may be ``prompt``, one user turn, and needs no answer: a
@@ -130,9 +122,9 @@ def parse_prompt(row: Mapping[str, Any] | UnreadableRow) -> tuple[Conversation, 
     return Conversation(messages[:-1]), messages[-1].content
 
 
-def _parse(row: Mapping[str, Any] | UnreadableRow, answered: bool) -> Conversation:
-    if isinstance(row, UnreadableRow):
-        raise RowError(row.reason)
+def _parse(row: Mapping[str, Any] | RowError, answered: bool) -> Conversation:
+    if isinstance(row, RowError):
+        raise row
     if not isinstance(row, Mapping):
         raise RowError(f"a row must be an object with named fields, found {_kind(row)}")
     # Tables that merge several sources fill the columns that a row does not use with null.

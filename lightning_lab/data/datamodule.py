@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_lab.data import batching
-from lightning_lab.data.batching import MicroBatch, PromptBatch, SplitData, StepBatch
-from lightning_lab.data.conversation import Prompt, parse_conversation
-from lightning_lab.data.encoding import Renderer, load_tokenizer
-from lightning_lab.data.loading import EpochSteps, StepLoader, loading_options
-from lightning_lab.data.sources import Rows, load_prompts, load_rows
-from lightning_lab.data.tokenized import TokenizedRows, tokenize_rows
-from lightning_lab.errors import LabError, Range, check_ranges
+from lightning_lab.data.batching import MicroBatch, PromptBatch, SplitData, SplitName, StepBatch
+from lightning_lab.data.conversation import Prompt, RowError, parse_conversation, parse_prompt
+from lightning_lab.data.encoding import ControlTokens, ConversationEncoder, Mask, Truncation, load_tokenizer
+from lightning_lab.data.loading import StepLoader, loading_options
+from lightning_lab.data.sources import Rows, load_rows
+from lightning_lab.data.tokenized import OnBadRow, TokenizedRows, tokenize_rows
+from lightning_lab.errors import LabError, Range, check_arguments
 
-SplitName = Literal["train", "validation", "test"]
 PREDICT_BATCH_SIZE = 8
 
 _COUNT: Range = (1, 1e9)
@@ -72,18 +70,18 @@ class ChatDataModule(pl.LightningDataModule):
 
     Attributes:
         tokenizer: Of the base, with a padding token.
-        renderer: Tokenises conversations and prompts.
+        encoder: Tokenises conversations and prompts.
         rows: The source's rows.
         tokenized: Their tokens.
         micro_batch_tokens, eval_micro_batch_tokens: QLoRAModule replaces ``auto`` before there are loaders.
 
     Raises:
-        LabError: A number is out of its range.
+        LabError: A number is out of its range, or a word is none of the choices.
 
     """
 
     tokenizer: Any
-    renderer: Renderer
+    encoder: ConversationEncoder
     rows: Rows
     tokenized: TokenizedRows
 
@@ -98,11 +96,11 @@ class ChatDataModule(pl.LightningDataModule):
         tokenizer: str = "unsloth/Llama-3.2-1B-Instruct",
         tokenizer_revision: str | None = None,
         template: str = "llama-3.1",
-        mask: Literal["assistant"] = "assistant",
-        control_tokens: Literal["text", "control"] = "text",
+        mask: Mask = "assistant",
+        control_tokens: ControlTokens = "text",
         max_length: int = 2048,
-        truncation: Literal["tokens", "turns", "drop", "error"] = "tokens",
-        on_bad_row: Literal["error", "drop"] = "error",
+        truncation: Truncation = "tokens",
+        on_bad_row: OnBadRow = "error",
         batch_size: int = 8,
         micro_batch_tokens: int | Literal["auto"] = 4096,
         eval_micro_batch_tokens: int | Literal["auto"] | None = None,
@@ -112,11 +110,10 @@ class ChatDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["seed"])
-        check_ranges("data", {**self.hparams, "seed": seed}, RANGES)
+        check_arguments("data", ChatDataModule.__init__, {**self.hparams, "seed": seed}, RANGES)
         self.source, self.predict_source, self.eval_split = source, predict_source, eval_split
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.micro_batch_tokens, self.eval_micro_batch_tokens = micro_batch_tokens, eval_micro_batch_tokens
-        self._splits: dict[str, SplitData] | None = None
 
     # -- preparation ---------------------------------------------------------------------------------------------
 
@@ -130,11 +127,10 @@ class ChatDataModule(pl.LightningDataModule):
         if stage == "predict" and self.predict_source:
             self._open_tokenizer()
             return
-        if self._splits is None:
-            self.prepare(progress=False)
+        splits = self.splits
         needed = [] if stage is None else [self.split_for(stage)]
         for name in ["train", *needed] if stage == "fit" else needed:
-            if not len(self.splits[name].rows):
+            if not len(splits[name].rows):
                 raise LabError(
                     f"the {name} split of {self.source} has no usable conversation; change data.split or data.rows"
                 )
@@ -150,7 +146,7 @@ class ChatDataModule(pl.LightningDataModule):
         self._open_tokenizer()
         self.rows = rows = load_rows(self.source, options["rows"], options["revision"])
         sizes = batching.split_sizes(options["split"], len(rows), self.source)
-        if progress and not self.renderer.end_of_turn:
+        if progress and not self.encoder.template.end_of_turn:
             print(
                 f"warning: data.template {options['template']} writes no control token after an answer, so the model "
                 "does not learn to end one",
@@ -158,22 +154,20 @@ class ChatDataModule(pl.LightningDataModule):
             )
         if progress and len(rows) < rows.total:
             print(f"data.rows: the first {len(rows):,} of {rows.total:,} rows are used", file=sys.stderr)
-        self.tokenized = tokenize_rows(rows, self.renderer, on_bad_row=options["on_bad_row"], progress=progress)
-        self._splits = batching.split_rows(sizes, len(rows), options["split_seed"], self.tokenized.dropped)
+        self.tokenized = tokenize_rows(rows, self.encoder, on_bad_row=options["on_bad_row"], progress=progress)
+        self.splits = batching.split_rows(sizes, len(rows), options["split_seed"], self.tokenized.dropped)
 
     def _open_tokenizer(self) -> None:
         options = self.hparams
         self.tokenizer = load_tokenizer(options["tokenizer"], options["tokenizer_revision"])
         rules = ("template", "control_tokens", "mask", "max_length", "truncation")
-        self.renderer = Renderer(self.tokenizer, **{key: options[key] for key in rules})
+        self.encoder = ConversationEncoder(self.tokenizer, **{key: options[key] for key in rules})
 
-    @property
+    @cached_property
     def splits(self) -> dict[str, SplitData]:
         """The three splits by name."""
-        if self._splits is None:
-            self.setup()
-        assert self._splits is not None
-        return self._splits
+        self.prepare(progress=False)  # puts them here
+        return self.splits
 
     def split_for(self, stage: str) -> str:
         """Name of the split that ``validate``, ``test`` or ``predict`` reads; ``fit`` always reads validation."""
@@ -184,23 +178,17 @@ class ChatDataModule(pl.LightningDataModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     @property
-    def _whole_epoch(self) -> int:
-        return math.ceil(len(self.splits["train"].rows) / self.batch_size)
-
-    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch, as many as ``trainer.limit_train_batches`` lets through.
 
         The last step of the training split may hold fewer conversations.
         """
         limit = self.trainer.limit_train_batches if self.trainer else 1.0
-        return min(limit, self._whole_epoch) if isinstance(limit, int) else int(limit * self._whole_epoch)
+        return min(limit, self._unlimited_steps) if isinstance(limit, int) else int(limit * self._unlimited_steps)
 
-    def _steps_done(self) -> int:
-        if self.trainer is None:
-            return 0
-        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total  # its declared type lacks `processed`
-        return int(total.processed)
+    @property
+    def _unlimited_steps(self) -> int:
+        return math.ceil(len(self.splits["train"].rows) / self.batch_size)
 
     def step_documents(self, step: int) -> list[int]:
         """Conversations (numbers in the train split) of optimizer step ``step``, from 0 over all epochs."""
@@ -224,26 +212,26 @@ class ChatDataModule(pl.LightningDataModule):
         documents = self.step_documents(step)
         rows = train.rows[documents].tolist()
         lengths = self.tokenized.lengths[rows].tolist()
-        mine = batching.share(lengths, world_size)[rank]
-        bins = batching.pack([lengths[i] for i in mine], self._budget(self.micro_batch_tokens))
+        bins = batching.pack(lengths, self._budget(self.micro_batch_tokens), rank, world_size)
         return StepBatch(
-            micro_batches=tuple(self._micro_batch(train, [documents[mine[i]] for i in bin_]) for bin_ in bins),
+            micro_batches=tuple(self._micro_batch(train, [documents[i] for i in bin_]) for bin_ in bins),
             rows=tuple(rows),
             tokens=sum(lengths),
             supervised_tokens=int(self.tokenized.supervised[rows].sum()),
-            padded_tokens=sum(lengths),  # documents are laid end to end: nothing is padded
         )
 
     @override
     def train_dataloader(self) -> StepLoader:
         rank, world_size = self._process()
-        steps: Any = range(sys.maxsize)  # of all epochs
-        return StepLoader(
-            steps,
-            sampler=EpochSteps(self._whole_epoch, self.steps_per_epoch, self._steps_done),
-            collate_fn=partial(self.step_batch, rank=rank, world_size=world_size),
-            **loading_options(self.num_workers),
-        )
+        batch_of_step = partial(self.step_batch, rank=rank, world_size=world_size)
+        options = {"collate_fn": batch_of_step, **loading_options(self.num_workers)}
+        return StepLoader(self._unlimited_steps, self.steps_per_epoch, self._steps_done, options)
+
+    def _steps_done(self) -> int:
+        if self.trainer is None:
+            return 0
+        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total  # its declared type lacks `processed`
+        return int(total.processed)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -258,9 +246,8 @@ class ChatDataModule(pl.LightningDataModule):
         lengths = self.tokenized.lengths[rows].tolist()
         if len(lengths) < world_size:
             raise LabError(f"the {split} split has {len(lengths)} conversations for {world_size} processes; use fewer")
-        mine = batching.share(lengths, world_size)[rank]
         budget = self._budget(self.eval_micro_batch_tokens or self.micro_batch_tokens)
-        return [[mine[i] for i in bin_] for bin_ in batching.pack([lengths[i] for i in mine], budget)]
+        return batching.pack(lengths, budget, rank, world_size)
 
     @override
     def val_dataloader(self) -> DataLoader:
@@ -295,17 +282,16 @@ class ChatDataModule(pl.LightningDataModule):
     def first_prompts(self, split: str, count: int | None) -> list[Prompt]:
         """The first conversations of a split (None: all), each cut before its last answer; less those it begins."""
         rows = self.splits[split].rows.tolist()
-        prompts = (Prompt.of(row, parse_conversation(self.rows.rows[row])) for row in rows)
+        prompts = (Prompt.of(row, parse_conversation(self.rows[row])) for row in rows)
         return list(islice((prompt for prompt in prompts if prompt is not None), count))
 
     def prompt_batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """Tokenise prompts as in training; a template that refuses one raises `RowError`."""
-        stop_ids = {self.tokenizer.eos_token_id}
-        if self.renderer.end_of_turn:
-            stop_ids.add(self.tokenizer.convert_tokens_to_ids(self.renderer.end_of_turn.strip()))
+        end_of_turn = self.encoder.template.end_of_turn.strip()
+        stop_ids = {self.tokenizer.eos_token_id, self.encoder.template.control_ids.get(end_of_turn)}
         return PromptBatch(
             prompts=list(prompts),
-            input_ids=[self.renderer.encode_prompt(prompt.conversation) for prompt in prompts],
+            input_ids=[self.encoder.encode_prompt(prompt.conversation) for prompt in prompts],
             pad_id=self.tokenizer.pad_token_id,
             stop_ids=sorted(i for i in stop_ids if i is not None),
             tokenizer=self.tokenizer,
@@ -314,19 +300,21 @@ class ChatDataModule(pl.LightningDataModule):
     @override
     def predict_dataloader(self) -> DataLoader:
         own = self.predict_source
-        prompts: Any = load_prompts(own) if own else self.first_prompts(self.split_for("predict"), None)
+        prompts: Any = self._prompts_of(own) if own else self.first_prompts(self.split_for("predict"), None)
         return DataLoader(prompts, collate_fn=self.prompt_batch, **loading_options(0, batch_size=PREDICT_BATCH_SIZE))
 
-    @override
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch.to(device) if isinstance(batch, MicroBatch | StepBatch) else batch
+    def _prompts_of(self, source: str) -> list[Prompt]:
+        """Every row of a source, as something to answer."""
+        rows = load_rows(source)
+        prompts = []
+        for index, row in enumerate(rows):
+            try:
+                prompts.append(Prompt(index, *parse_prompt(row)))
+            except RowError as error:
+                raise LabError(f"{rows.where(index)}: {error}") from None
+        return prompts
 
-    def packing_statistics(self) -> dict[str, Any]:
-        """How the first epoch's steps are cut into micro-batches, for `preview`."""
-        lengths = self.tokenized.lengths[self.splits["train"].rows]
-        steps = [lengths[self.step_documents(step)].tolist() for step in range(self.steps_per_epoch)]
-        figures = batching.packing_figures(steps, self._budget(self.micro_batch_tokens))
-        return {"optimizer steps an epoch": len(steps), "conversations a step": self.batch_size, **figures}
+    # -- figures -------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
         """What ``environment.json`` says of the data: fingerprint, split sizes, rows dropped and truncated."""

@@ -4,9 +4,8 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_lab import hub
 from lightning_lab.data.conversation import Conversation, RowError, or_error
@@ -55,8 +54,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> "PreTrainedToken
     raise LabError(f"model.base: the tokenizer of {source} has no padding and no end-of-sequence token; set pad_token")
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A conversation ready to train on.
 
     Attributes:
@@ -70,40 +68,30 @@ class Encoded:
     supervised: list[bool]
     truncated: bool
 
-    @property
-    def labels(self) -> list[int]:
-        """The ids where they are supervised, -100 elsewhere; not shifted."""
-        return [i if on else IGNORED for i, on in zip(self.input_ids, self.supervised, strict=True)]
-
 
 class RowTooLongError(RowError):
     """A row longer than ``max_length`` under truncation ``drop`` or ``error``."""
-
-
-class _Continued(NamedTuple):
-    """Plain text that continues another, so that the tokenizer must not put a space before it."""
-
-    text: str
-
-
-_Plain = str | _Continued
-_Ids = dict[_Plain, list[int]]
 
 
 class _Piece(NamedTuple):
     """A stretch of a rendered text that is tokenised by itself.
 
     Attributes:
-        content: Plain text, or the id of the control token that it is.
+        content: What to tokenise, or the id of the control token that it is.
+        skip: Tokens at its start that are not part of the text.
         span: Number of the answer that it belongs to; None outside answers.
 
     """
 
-    content: _Plain | int
+    content: str | int
+    skip: int
     span: int | None
 
 
-class Renderer:
+_Tokens = tuple[list[int], int | None]  # of a piece, and its span
+
+
+class ConversationEncoder:
     """Renders and tokenises conversations for one tokenizer, template and set of rules.
 
     Args:
@@ -116,11 +104,11 @@ class Renderer:
             whole, ``drop`` and ``error`` refuse them.
 
     Attributes:
-        end_of_turn: As of `ChatTemplate`.
-        fingerprint: Changes whenever `encode` could give other results.
+        template: The chat template.
+        fingerprint: Changes whenever `encode_batch` could give other results.
 
     Raises:
-        LabError: An unknown setting, a missing or broken template, or a tokenizer that does not fit.
+        LabError: As `ChatTemplate`.
 
     """
 
@@ -133,18 +121,8 @@ class Renderer:
         max_length: int | None = None,
         truncation: Truncation = "tokens",
     ) -> None:
-        for key, value, choices in (
-            ("control_tokens", control_tokens, get_args(ControlTokens)),
-            ("mask", mask, get_args(Mask)),
-            ("truncation", truncation, get_args(Truncation)),
-        ):
-            if value not in choices:
-                raise LabError(f"data.{key} is '{value}'; choose one of {', '.join(choices)}")
-        if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise LabError("this tokenizer has no fast backend; use a model with a tokenizer.json")
         self.control_tokens, self.max_length, self.truncation = control_tokens, max_length, truncation
         self.template = ChatTemplate(tokenizer, template)
-        self.end_of_turn = self.template.end_of_turn
 
         from tokenizers import Tokenizer
 
@@ -156,51 +134,30 @@ class Renderer:
         backend_text = json.dumps(backend, sort_keys=True)
         self._backend = Tokenizer.from_str(backend_text)
         self._probe_prefix()
-        self._backend.encode_special_tokens = True  # as plain text: this class places the tokens that count
         settings = (
             *(self.template.source, self.template.bos, tokenizer.special_tokens_map),
             *(control_tokens, mask, max_length, truncation),
         )
         self.fingerprint = hashlib.sha256(f"{settings}{backend_text}".encode()).hexdigest()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._backend.encode_special_tokens = True  # the one setting that pickling a tokenizer loses
-
-    def render(self, conversation: Conversation) -> Rendered:
-        """Render a conversation and locate its answers: see `ChatTemplate.render`."""
-        return self.template.render(conversation.messages)
-
-    def encode(self, conversation: Conversation) -> Encoded:
-        """Render and tokenise one conversation.
-
-        Raises:
-            RowError: See `render`; also when truncation leaves no label that can be predicted.
-            RowTooLongError: It is longer than ``max_length`` under truncation ``drop`` or ``error``.
-
-        """
-        (result,) = self.encode_batch([conversation])
-        if isinstance(result, RowError):
-            raise result
-        return result
-
     def encode_batch(self, conversations: Sequence[Conversation | RowError]) -> list[Encoded | RowError]:
-        """Encode many conversations at once, in order.
+        """Render and tokenise many conversations at once, in order.
 
-        An item of the result is the error that `encode` would raise; an error among the conversations stays in place.
+        A `RowError` stands in the place of a conversation that is refused: by `ChatTemplate.render`, as nothing is left
+        to learn after truncation, or as `RowTooLongError`. An error among the conversations stays in its place.
         """
-        pieces = [or_error(self._rendered_pieces, conversation) for conversation in conversations]
-        ids_of = self._tokenize([made for made in pieces if not isinstance(made, RowError)])
-        return [or_error(lambda made: self._assemble(made, ids_of), made) for made in pieces]
+        texts = [or_error(lambda c: self._pieces(self.template.render(c.messages)), c) for c in conversations]
+        tokens = iter(self._tokenize([text for text in texts if not isinstance(text, RowError)]))
+        return [text if isinstance(text, RowError) else or_error(self._assemble, next(tokens)) for text in texts]
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """Tokenise the messages before an answer, and the header that opens it; nothing is truncated.
 
-        The ids are a prefix of what `encode` gives for the conversation with the answer, wherever the template writes
-        the same text in both.
+        The ids are a prefix of what `encode_batch` gives for the conversation with the answer, wherever the template
+        writes the same text in both.
 
         Raises:
-            RowError: See `render`.
+            RowError: See `ChatTemplate.render`.
 
         """
         return self.token_ids([self.template.render(conversation.messages, add_generation_prompt=True)])[0]
@@ -208,11 +165,7 @@ class Renderer:
     def token_ids(self, texts: Sequence[Rendered]) -> list[list[int]]:
         """Tokenise whole texts, cut at the edges of their spans and at control tokens alone."""
         pieces = [self._pieces(text) for text in texts]
-        ids_of = self._tokenize(pieces)
-        return [[i for piece in made for i in _ids(piece.content, ids_of)] for made in pieces]
-
-    def _rendered_pieces(self, conversation: Conversation) -> list[_Piece]:
-        return self._pieces(self.render(conversation))
+        return [[i for ids, _ in tokens for i in ids] for tokens in self._tokenize(pieces)]
 
     def _pieces(self, rendered: Rendered) -> list[_Piece]:
         """Cut the text at every span's start and end, and at the control tokens."""
@@ -236,24 +189,21 @@ class Renderer:
             end = token_ends.get(start, next_cut)
             span = bisect_right(starts, start) - 1
             inside = span >= 0 and start < spans[span][1]
-            content: _Plain | int = text[start:end]
+            part, skip = text[start:end], 0
             if start in token_ends:
-                content = self._token_id(text[start:end])
-            elif pieces and self._adds_space[isinstance(pieces[-1].content, int)]:
-                content = _Continued(text[start:end])
-            pieces.append(_Piece(content, span if inside else None))
+                token = part if part in self.template.control_ids else part.strip()
+                pieces.append(_Piece(self.template.control_ids[token], 0, span if inside else None))
+                continue
+            if pieces and self._adds_space[isinstance(pieces[-1].content, int)]:
+                part, skip = f"\n{part}", self._newline  # which takes the space that belongs to a text's start
+            pieces.append(_Piece(part, skip, span if inside else None))
         return pieces
-
-    def _token_id(self, text: str) -> int:
-        ids = self.template.control_ids
-        return ids[text] if text in ids else ids[text.strip()]
 
     def _probe_prefix(self) -> None:
         """Find out whether the tokenizer puts a space before text, as SentencePiece does, and after tokens too."""
 
-        def ids(text: str) -> list[int]:
-            found: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-            return found
+        def ids(text: str) -> Any:
+            return self._backend.encode(text, add_special_tokens=False).ids
 
         self._newline = len(ids("\n"))
         adds_space = ids("\nx") != ids("\n") + ids("x")
@@ -261,37 +211,31 @@ class Renderer:
         # For a piece after plain text and for one after a control token: must it be kept from getting a space?
         self._adds_space = (adds_space, adds_space and ids(f"{token}x")[1:] != ids("x"))
 
-    def _tokenize(self, texts: Sequence[list[_Piece]]) -> _Ids:
-        """Tokenise each distinct piece of plain text.
+    def _tokenize(self, texts: Sequence[list[_Piece]]) -> list[list[_Tokens]]:
+        """Tokenise each distinct piece of plain text."""
+        contents = {piece.content: None for pieces in texts for piece in pieces if isinstance(piece.content, str)}
+        self._backend.encode_special_tokens = True  # as plain text: `_pieces` places the tokens that count
+        encodings = self._backend.encode_batch_fast(list(contents), add_special_tokens=False)
+        ids_of = {content: encoding.ids for content, encoding in zip(contents, encodings, strict=True)}
+        return [
+            [([c] if isinstance(c, int) else ids_of[c][skip:], span) for c, skip, span in pieces] for pieces in texts
+        ]
 
-        A piece that continues a text is encoded after a newline, which takes the space and is cut off again.
-        """
-        contents = dict.fromkeys(piece.content for pieces in texts for piece in pieces)
-        plain = [content for content in contents if not isinstance(content, int)]
-        encodings = self._backend.encode_batch_fast(
-            [content if isinstance(content, str) else f"\n{content.text}" for content in plain],
-            add_special_tokens=False,
-        )
-        return {
-            content: encoding.ids if isinstance(content, str) else encoding.ids[self._newline :]
-            for content, encoding in zip(plain, encodings, strict=True)
-        }
-
-    def _assemble(self, pieces: list[_Piece], ids_of: _Ids) -> Encoded:
+    def _assemble(self, pieces: list[_Tokens]) -> Encoded:
         """Lay ids and mask side by side, and truncate both."""
         ids: list[int] = []
         supervised: list[bool] = []
         answer_ends: dict[int, int] = {}  # in tokens
-        for piece in pieces:
-            tokens = _ids(piece.content, ids_of)
+        for tokens, span in pieces:
             ids += tokens
-            supervised += [piece.span is not None] * len(tokens)
-            if piece.span is not None:
-                answer_ends[piece.span] = len(ids)
+            supervised += [span is not None] * len(tokens)
+            if span is not None:
+                answer_ends[span] = len(ids)
 
-        length, limit = len(ids), self.max_length
-        truncated = limit is not None and length > limit
-        if limit is not None and length > limit:
+        length = len(ids)
+        limit = length if self.max_length is None else self.max_length
+        truncated = length > limit
+        if truncated:
             if self.truncation in ("drop", "error"):
                 raise RowTooLongError(f"{length} tokens are more than data.max_length {limit}")
             fitting = [end for end in answer_ends.values() if end <= limit]
@@ -306,7 +250,3 @@ class Renderer:
                 )
             raise RowError("nothing left to learn: its answers are empty and the template writes no end-of-turn token")
         return Encoded(ids, supervised, truncated)
-
-
-def _ids(content: _Plain | int, ids_of: _Ids) -> list[int]:
-    return [content] if isinstance(content, int) else ids_of[content]

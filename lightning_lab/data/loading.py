@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
-from typing_extensions import override
+from torch.utils.data import DataLoader
 
 from lightning_lab.data.batching import StepBatch
 
@@ -24,17 +23,31 @@ def loading_options(workers: int, batch_size: int | None = None) -> dict[str, An
     }
 
 
-class StepLoader(DataLoader):
-    """A DataLoader of optimizer steps that can be resumed in the middle of an epoch.
+class StepLoader:
+    """The optimizer steps that remain in the epoch the run is in.
 
-    The position is Lightning's own count of steps, which the checkpoint holds, so there is nothing to keep here;
-    Lightning asks for these two methods before it believes that a loader can be resumed.
+    Its position is Lightning's own count of steps, which the checkpoint holds. So there is nothing to keep in
+    ``state_dict``, which Lightning asks for before it believes that a loader can be resumed.
+
+    Args:
+        steps: Steps of an epoch that nothing limits. Lightning applies ``limit_train_batches`` to this length itself.
+        limited: Steps that an epoch really has.
+        done: Asked, when an epoch begins, for the steps that have been done so far.
+        options: Of the DataLoader, which is given steps numbered over all epochs.
+
     """
 
-    @override
-    def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]
+    def __init__(self, steps: int, limited: int, done: Callable[[], int], options: dict[str, Any]) -> None:
+        self.steps, self.limited, self.done, self.options = steps, limited, done, options
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[StepBatch]:
         # Begins at the first `next`: Lightning makes the iterator before it has restored its count of steps.
-        yield from super().__iter__()
+        done = self.done()
+        steps: Any = range(done, (done // self.limited + 1) * self.limited)
+        yield from DataLoader(steps, **self.options)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: see above."""
@@ -42,27 +55,6 @@ class StepLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing: see above."""
-
-
-class EpochSteps(Sampler[int]):
-    """The steps that remain in the epoch the run is in, numbered over all epochs.
-
-    Args:
-        whole: Steps of an epoch that nothing limits. Lightning applies ``limit_train_batches`` to this length itself.
-        limited: Steps that an epoch really has.
-        done: Asked, when an epoch begins, for the steps that have been done so far.
-
-    """
-
-    def __init__(self, whole: int, limited: int, done: Callable[[], int]) -> None:
-        self.whole, self.limited, self.done = whole, limited, done
-
-    def __len__(self) -> int:
-        return self.whole
-
-    def __iter__(self) -> Iterator[int]:
-        done = self.done()
-        return iter(range(done, (done // self.limited + 1) * self.limited))
 
 
 def outlive_signals(worker: int) -> None:

@@ -1,133 +1,134 @@
 """Conversations as the model sees them: what is supervised, what is masked, what was cut or dropped."""
 
+from __future__ import annotations
+
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from lightning_lab.data.conversation import parse_conversation
-from lightning_lab.data.encoding import IGNORED, Renderer
-from lightning_lab.data.sources import Rows
-from lightning_lab.data.tokenized import TokenizedRows
+from lightning_lab.data.encoding import IGNORED
+
+if TYPE_CHECKING:
+    from lightning_lab.data.datamodule import ChatDataModule
 
 _NAMED_ROWS = 20  # of a long list; the rest is counted
-_BATCH_ROWS = 256  # tokenised at once
 
 
-def preview(
-    tokenized: TokenizedRows,
-    rows: Rows,
-    tokenizer: Any,
-    renderer: Renderer,
-    *,
-    limit: int = 3,
-    indices: Sequence[int] | None = None,
-    as_json: bool = False,
-    packing: Mapping[str, Any] | None = None,
-    file: TextIO | None = None,
-) -> None:
-    """Print conversations, then counts over all rows of ``indices``.
+def preview(data: ChatDataModule, *, limit: int = 3, as_json: bool = False, file: TextIO | None = None) -> None:
+    """Print conversations, then counts over all rows of ``eval_split``, or of the source where there is none.
 
     On a terminal supervised tokens are coloured and masked ones dim; elsewhere supervised tokens stand in ⟦ ⟧.
 
     Args:
-        tokenized: the tokens.
-        rows: where they come from.
-        tokenizer: turns ids back to text.
-        renderer: what tokenised them; counts the rows that come out otherwise without cuts at the answers.
-        limit: conversations to print; dropped rows are skipped.
-        indices: rows to look at, such as those of a split; all by default.
-        as_json: print only the conversations, one object a line: ``row``, ``input_ids``, ``labels`` (-100 where
+        data: Prepared.
+        limit: Conversations to print; dropped rows are skipped.
+        as_json: Print only the conversations, one object a line: ``row``, ``input_ids``, ``labels`` (-100 where
             nothing is supervised) and ``text``, which is that of the ids, so truncated like them.
-        packing: statistics to print after the counts.
-        file: standard output by default.
+        file: Standard output by default.
 
     """
     file = file or sys.stdout
-    indices = range(len(tokenized)) if indices is None else indices
-    shown = [index for index in indices if index not in tokenized.dropped][:limit]
+    split = data.splits[data.eval_split] if data.eval_split else None
+    rows = sorted([*split.rows.tolist(), *split.dropped]) if split else range(len(data.rows))
+    kept = [row for row in rows if row not in data.tokenized.dropped]
     if as_json:
-        for index in shown:
-            ids, labels = tokenized.input_ids(index).tolist(), tokenized.labels(index).tolist()
-            shown_row = {"row": int(index), "input_ids": ids, "labels": labels, "text": _decode(tokenizer, ids)}
-            print(json.dumps(shown_row, ensure_ascii=False), file=file)
+        for row in kept[:limit]:
+            ids, labels = data.tokenized.input_ids(row).tolist(), data.tokenized.labels(row).tolist()
+            shown = {"row": row, "input_ids": ids, "labels": labels, "text": _decode(data, ids)}
+            print(json.dumps(shown, ensure_ascii=False), file=file)
         return
 
     from rich.console import Console
     from rich.text import Text
 
     console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
-    for index in shown:
-        counts = f"{tokenized.lengths[index]} tokens, {tokenized.supervised[index]} supervised"
-        console.print(Text(f"--- {rows.where(index)}: {counts}", style="bold"))
+    for row in kept[:limit]:
+        counts = f"{data.tokenized.lengths[row]} tokens, {data.tokenized.supervised[row]} supervised"
+        console.print(Text(f"--- {data.rows.where(row)}: {counts}", style="bold"))
         text = Text()
-        for piece, supervised in _runs(tokenized, index, tokenizer):
+        for piece, supervised in _runs(data, row):
             if console.is_terminal:
                 text.append(piece, style="green" if supervised else "dim")
             else:
                 text.append(f"⟦{piece}⟧" if supervised else piece)
         console.print(text)
-    for line in _summary(tokenized, rows, renderer, indices, packing or {}):
+    for line in _summary(data, rows, kept):
         console.print(line)
 
 
-def _runs(tokenized: TokenizedRows, index: int, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+def _runs(data: ChatDataModule, row: int) -> Iterator[tuple[str, bool]]:
     """Yield the text of each run of supervised or masked tokens; a span never begins or ends inside a character."""
-    ids = tokenized.input_ids(index)
-    supervised = tokenized.labels(index) != IGNORED
+    ids, supervised = data.tokenized.input_ids(row), data.tokenized.labels(row) != IGNORED
     edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
     for start, end in pairwise(edges):
         # A row may quote the codes that steer a terminal.
-        yield _decode(tokenizer, ids[start:end].tolist()).replace("\x1b", "␛"), bool(supervised[start])
+        yield _decode(data, ids[start:end].tolist()).replace("\x1b", "␛"), bool(supervised[start])
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def _decode(data: ChatDataModule, ids: list[int]) -> str:
+    text: str = data.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
 
 
-def _boundary_shifted(rows: Rows, kept: Sequence[int], renderer: Renderer) -> Iterator[int]:
-    """Tokenise the kept rows whole, with cuts at the answers and without, and name those that differ."""
-    for first in range(0, len(kept), _BATCH_ROWS):
-        batch = kept[first : first + _BATCH_ROWS]
-        texts = [renderer.render(parse_conversation(rows.rows[index])) for index in batch]
-        cut, uncut = renderer.token_ids(texts), renderer.token_ids([replace(text, spans=()) for text in texts])
-        yield from (index for index, a, b in zip(batch, cut, uncut, strict=True) if a != b)
+def _changed_by_cuts(data: ChatDataModule, row: int) -> bool:
+    """Whether the row has other ids than it would have without cuts at its answers."""
+    text = data.encoder.template.render(parse_conversation(data.rows[row]).messages)
+    cut, uncut = data.encoder.token_ids([text, replace(text, spans=())])
+    return cut != uncut
 
 
-def _summary(
-    tokenized: TokenizedRows, rows: Rows, renderer: Renderer, indices: Sequence[int], packing: Mapping[str, Any]
-) -> Iterator[str]:
-    chosen = set(indices)
-    dropped = [index for index in tokenized.dropped if index in chosen]
-    kept = [int(index) for index in indices if index not in tokenized.dropped]
-    lengths = tokenized.lengths[kept]
-    tokens, supervised = int(lengths.sum()), int(tokenized.supervised[list(indices)].sum())
-    share = 100 * supervised / tokens if tokens else 0.0
-    yield f"{len(chosen)} rows of {rows.name}: {len(lengths)} kept, {len(dropped)} dropped"
-    yield f"{tokens} tokens, {supervised} supervised ({share:.1f} %)"
-    if len(lengths):
+def _summary(data: ChatDataModule, rows: Sequence[int], kept: Sequence[int]) -> Iterator[str]:
+    dropped = [
+        f"{data.rows.where(row)}: {data.tokenized.dropped[row]}" for row in rows if row in data.tokenized.dropped
+    ]
+    lengths = data.tokenized.lengths[kept]
+    tokens, supervised = int(lengths.sum()), int(data.tokenized.supervised[kept].sum())
+    yield f"{len(rows)} rows of {data.rows.name}: {len(kept)} kept, {len(dropped)} dropped"
+    yield f"{tokens} tokens, {supervised} supervised ({100 * supervised / max(1, tokens):.1f} %)"
+    if kept:
         points = (0, 25, 50, 75, 95, 99, 100)
         values = np.percentile(lengths, points, method="nearest")
         percentiles = ", ".join(f"p{point} {value}" for point, value in zip(points, values, strict=True))
         yield f"tokens a row: mean {lengths.mean():.1f}, {percentiles}"
+    truncated = set(data.tokenized.truncated)
     for title, found in (
-        ("cut at max_length", [index for index in tokenized.truncated if index in chosen]),
-        ("tokenised otherwise without cuts at the answers", sorted(_boundary_shifted(rows, kept, renderer))),
+        ("cut at max_length", [row for row in kept if row in truncated]),
+        ("tokenised otherwise without cuts at the answers", [row for row in kept if _changed_by_cuts(data, row)]),
     ):
         named = f": rows {', '.join(map(str, found[:_NAMED_ROWS]))}" if found else ""
         yield f"{len(found)} {title}{named}{_more(found)}"
-    for index in dropped[:_NAMED_ROWS]:
-        yield f"dropped {rows.where(index)}: {tokenized.dropped[index]}"
+    for line in dropped[:_NAMED_ROWS]:
+        yield f"dropped {line}"
     if len(dropped) > _NAMED_ROWS:
         yield f"dropped{_more(dropped)}"
-    for name, value in packing.items():
-        yield f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"
+    for name, value in packing_statistics(data).items():
+        yield f"{name}: {value}"
 
 
-def _more(found: Sequence[int]) -> str:
+def packing_statistics(data: ChatDataModule) -> dict[str, Any]:
+    """How the first epoch's steps are cut into micro-batches."""
+    steps = tokens = micro_batches = padded = 0
+    for step in range(data.steps_per_epoch):
+        batch = data.step_batch(step)
+        steps += 1
+        tokens += batch.tokens
+        micro_batches += len(batch.micro_batches)
+        padded += len(batch.rows) * int(data.tokenized.lengths[list(batch.rows)].max())
+    return {
+        "optimizer steps an epoch": steps,
+        "conversations a step": data.batch_size,
+        "tokens a step (mean)": round(tokens / max(1, steps)),
+        "micro-batches a step (mean)": round(micro_batches / max(1, steps), 2),
+        "fill of a micro-batch (mean)": f"{tokens / max(1, micro_batches * int(data.micro_batch_tokens)):.0%}",
+        "tokens that padding each step to its longest would add": f"{padded / max(1, tokens) - 1:.0%}",
+    }
+
+
+def _more(found: Sequence[object]) -> str:
     return f" and {len(found) - _NAMED_ROWS} more" if len(found) > _NAMED_ROWS else ""

@@ -10,13 +10,14 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_lab.data.conversation import Message, RowError
 from lightning_lab.errors import LabError
@@ -55,8 +56,7 @@ class Rendered:
     contents: tuple[Span, ...]
 
 
-@dataclass(frozen=True)
-class _Skeleton:
+class _Skeleton(NamedTuple):
     """``literals[0] <message order[0]> literals[1] ... literals[-1]``."""
 
     literals: tuple[str, ...]
@@ -98,14 +98,16 @@ class ChatTemplate:
 
         written = "\0".join(skeleton.literals)
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-        control = {i: token for i, token in added.items() if _is_control(token, written)}
-        self.control_ids: dict[str, int] = {token.content: i for i, token in control.items()}
+        self.control_ids: dict[str, int] = {t.content: i for i, t in added.items() if _is_control(t, written)}
         if template == "llama-3.1" and not self.control_ids.keys() >= _LLAMA_TOKENS:
             missing = ", ".join(sorted(_LLAMA_TOKENS - self.control_ids.keys()))
             raise LabError(f"data.template llama-3.1 needs {missing}, which this tokenizer lacks; use 'tokenizer'")
-        self.control_pattern = _token_pattern(control.values())
-        closing = re.match(rf"\s*(?:{_alternatives(self.control_ids)})", skeleton.literals[-1])
-        self.end_of_turn = closing.group() if closing else ""
+        # As tokenizers match: the longest first, and some take in the whitespace beside them. Without any: never.
+        control = sorted((added[i] for i in self.control_ids.values()), key=lambda token: -len(token.content))
+        pattern = "|".join(r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in control) or "(?!)"
+        self.control_pattern = re.compile(pattern)
+        closing = re.match(rf"\s*(?:{pattern})", skeleton.literals[-1])
+        self.end_of_turn = closing.group().rstrip() if closing else ""
         adds_bos = tokenizer.bos_token and tokenizer.bos_token_id in tokenizer.backend_tokenizer.encode("x").ids
         if adds_bos and not skeleton.literals[0].startswith(tokenizer.bos_token):
             self.bos = tokenizer.bos_token
@@ -123,10 +125,11 @@ class ChatTemplate:
 
         """
         contents = [message.content for message in messages]
-        text = self._apply(messages, contents, add_generation_prompt)
-        for keep_blank in (False, True):
+        text = self._apply(messages, add_generation_prompt)
+        for keep_blank, verbatim in product((False, True), (True, False)):  # nearly always the first one fits
             skeleton = self._skeleton(messages, add_generation_prompt, keep_blank)
-            places = _place(text, skeleton, contents)
+            variants = [[contents[i]] if verbatim else _variants(contents[i]) for i in skeleton.order]
+            places = _walk(text, skeleton.literals, variants)
             if places is not None:
                 break
         else:
@@ -140,8 +143,8 @@ class ChatTemplate:
                 spans.append((start, end + len(self.end_of_turn) * after.startswith(self.end_of_turn)))
         return Rendered(text, tuple(spans), tuple(places))
 
-    def _apply(self, messages: Sequence[Message], contents: Sequence[str], add_generation_prompt: bool) -> str:
-        turns = [{"role": message.role, "content": text} for message, text in zip(messages, contents, strict=True)]
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        turns = [message._asdict() for message in messages]
         try:
             text: str = self._tokenizer.apply_chat_template(
                 turns, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -164,8 +167,8 @@ class ChatTemplate:
         if key in self._skeletons:
             return self._skeletons[key]
         # Private-use characters: no template takes them for whitespace or markup.
-        contents = [kept.get(i, f"\ue000{i}\ue001") for i in range(len(messages))]
-        parts = re.split("\ue000([0-9]+)\ue001", self._apply(messages, contents, add_generation_prompt))
+        marked = [Message(m.role, kept.get(i, f"\ue000{i}\ue001")) for i, m in enumerate(messages)]
+        parts = re.split("\ue000([0-9]+)\ue001", self._apply(marked, add_generation_prompt))
         skeleton = _Skeleton(tuple(parts[::2]), tuple(map(int, parts[1::2])))
         for i, message in enumerate(messages):
             if skeleton.order.count(i) != 1 and (i not in kept or message.role == "assistant"):
@@ -179,18 +182,6 @@ class ChatTemplate:
         return skeleton
 
 
-def _place(text: str, skeleton: _Skeleton, contents: Sequence[str]) -> list[Span] | None:
-    """Find where each content of the skeleton stands, so that contents and literals make up the whole text.
-
-    Nearly always every content stands there as it is, which is tried first.
-    """
-    verbatim = [[contents[i]] for i in skeleton.order]
-    places = _walk(text, skeleton.literals, verbatim)
-    if places is None:
-        places = _walk(text, skeleton.literals, [_variants(contents[i]) for i in skeleton.order])
-    return places
-
-
 def _variants(content: str) -> list[str]:
     """List the ways in which a template may write a content: as it is, trimmed, or as a JSON string."""
     as_json = json.dumps(content, ensure_ascii=False)[1:-1]
@@ -200,31 +191,20 @@ def _variants(content: str) -> list[str]:
 def _walk(text: str, literals: Sequence[str], variants: Sequence[Sequence[str]]) -> list[Span] | None:
     """Walk literals and contents along the text; None when they do not make up all of it.
 
-    After each message all positions that can be reached are kept, each with the place of the message and the position
-    before it; of several ways to a position the one of earlier variants counts.
+    After each message all positions that can be reached are kept, each with the places of the messages before it; of
+    several ways to a position the one of earlier variants counts.
     """
     first, *others = literals
-    if not text.startswith(first):
-        return None
-    steps: list[dict[int, tuple[int, Span]]] = []
-    reached = [len(first)]
+    reached: dict[int, list[Span]] = {len(first): []} if text.startswith(first) else {}
     for choices, literal in zip(variants, others, strict=True):
-        step: dict[int, tuple[int, Span]] = {}
-        for start in reached:
+        before, reached = reached, {}
+        for start, places in before.items():
             for content in choices:
                 end = start + len(content)
-                if text.startswith(content, start) and text.startswith(literal, end):
-                    step.setdefault(end + len(literal), (start, (start, end)))
-        steps.append(step)
-        reached = list(step)
-    if len(text) not in reached:
-        return None
-    places: list[Span] = []
-    position = len(text)
-    for step in reversed(steps):
-        position, place = step[position]
-        places.append(place)
-    return places[::-1]
+                after = end + len(literal)
+                if after not in reached and text.startswith(content, start) and text.startswith(literal, end):
+                    reached[after] = [*places, (start, end)]
+    return reached.get(len(text))
 
 
 @contextmanager
@@ -271,20 +251,3 @@ def _is_control(token: "AddedToken", written: str) -> bool:
     if token.special or re.fullmatch(r"<[|｜].+[|｜]>", content):
         return True
     return content in written and not content.isspace() and not content.isalnum()
-
-
-def _alternatives(tokens: Iterable[str]) -> str:
-    """Return a pattern of the tokens, the longest first as tokenizers match them; without any it never matches."""
-    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
-
-
-def _token_pattern(tokens: Iterable["AddedToken"]) -> re.Pattern[str]:
-    """Return a pattern that matches like the tokenizer: some tokens take the whitespace beside them in."""
-    longest_first = sorted(tokens, key=lambda token: len(token.content), reverse=True)
-    greedy = [
-        r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
-        for token in longest_first
-        if token.lstrip or token.rstrip
-    ]
-    plain = _alternatives(token.content for token in longest_first if not token.lstrip and not token.rstrip)
-    return re.compile("|".join([*greedy, plain]))

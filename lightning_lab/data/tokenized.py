@@ -3,10 +3,13 @@
 import gc
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
+import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -14,9 +17,11 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.console import Console
+from rich.progress import Progress
 
 from lightning_lab.data.conversation import RowError, or_error, parse_conversation
-from lightning_lab.data.encoding import IGNORED, Encoded, Renderer, RowTooLongError
+from lightning_lab.data.encoding import IGNORED, ConversationEncoder, Encoded, RowTooLongError
 from lightning_lab.data.sources import Rows
 from lightning_lab.errors import LabError
 from lightning_lab.hub import cache_dir
@@ -28,6 +33,7 @@ _FORMAT = 3
 _BATCH_ROWS = 256  # bounds the memory of preparation; more is no faster
 _OBJECTS_A_SEARCH = 100_000  # a search at each 700, the default, takes a third of the time
 _SUM_BYTES = hashlib.sha256().digest_size  # the file ends with the sum of what is before
+_ABANDONED_S = 24 * 60 * 60  # no preparation takes so long
 _NAMED_ROWS = 10  # of a long list; the rest is counted
 _SCHEMA = pa.schema(
     {
@@ -46,7 +52,7 @@ class TokenizedRows:
     All ids are held in memory, in 5 bytes a token: a file that is mapped ends the process when it is cut short.
 
     Args:
-        table: A finished cache file.
+        table: The content of a finished cache file.
         fingerprint: Its name.
 
     Attributes:
@@ -54,22 +60,18 @@ class TokenizedRows:
         supervised: int64 [rows], labels of each row that can be predicted: those after the first token.
         dropped: Index of each dropped row -> reason.
         truncated: Indices of rows that were cut at ``max_length``.
-        too_long: Indices of dropped rows that are longer than ``max_length``.
-        fingerprint: Of the rows, the renderer and the file's format.
+        fingerprint: Of the rows, the encoder and the file's format.
 
     """
 
     def __init__(self, table: pa.Table, fingerprint: str) -> None:
-        self.lengths = pc.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
-        self._offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self._ids = _flat(table.column("input_ids"))
-        self._mask = _flat(table.column("supervised"))
-        predicted = np.concatenate([[0], np.cumsum(self._mask)])
-        first = np.minimum(self._offsets[:-1] + 1, self._offsets[1:])  # that of a dropped row is its end
-        self.supervised = predicted[self._offsets[1:]] - predicted[first]
-        self.dropped = {i: reason for i, reason in enumerate(table.column("reason").to_pylist()) if reason is not None}
-        self.truncated = np.flatnonzero(table.column("truncated").to_numpy()).tolist()
-        self.too_long = set(np.flatnonzero(table.column("too_long").to_numpy()).tolist())
+        self.lengths = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
+        ends = np.cumsum(self.lengths)[:-1]
+        self._ids = np.split(pc.list_flatten(table["input_ids"]).to_numpy(), ends)
+        self._masks = np.split(pc.list_flatten(table["supervised"]).to_numpy(), ends)
+        self.supervised = np.array([np.count_nonzero(mask[1:]) for mask in self._masks])
+        self.dropped = {i: reason for i, reason in enumerate(table["reason"].to_pylist()) if reason is not None}
+        self.truncated = np.flatnonzero(table["truncated"].to_numpy()).tolist()
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
@@ -77,24 +79,17 @@ class TokenizedRows:
 
     def input_ids(self, index: int) -> np.ndarray:
         """Return the token ids of a row: int32 [length], a copy."""
-        return self._ids[self._place(index)].copy()
+        return self._ids[index].copy()
 
     def labels(self, index: int) -> np.ndarray:
         """Return the labels of a row: int32 [length], not shifted, -100 where it is not supervised."""
-        place = self._place(index)
-        return np.where(self._mask[place], self._ids[place], np.int32(IGNORED))
+        return np.where(self._masks[index], self._ids[index], np.int32(IGNORED))
 
     @cached_property
     def row_hashes(self) -> np.ndarray:
         """CRC-32 of each row's ids and mask, uint32 [rows]: equal where a run trains or evaluates the same."""
-        places = map(self._place, range(len(self)))
-        hashes = [zlib.crc32(self._mask[place].data, zlib.crc32(self._ids[place].data)) for place in places]
-        return np.array(hashes, dtype=np.uint32)
-
-    def _place(self, index: int) -> slice:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return slice(self._offsets[index], self._offsets[index + 1])
+        pairs = zip(self._ids, self._masks, strict=True)
+        return np.array([zlib.crc32(mask.data, zlib.crc32(ids.data)) for ids, mask in pairs], dtype=np.uint32)
 
 
 def changed_rows(before: Sequence[int], now: Sequence[int]) -> str:
@@ -112,8 +107,10 @@ def changed_rows(before: Sequence[int], now: Sequence[int]) -> str:
     return f"rows {', '.join(most)} and {last} differ"
 
 
-def tokenize_rows(rows: Rows, renderer: Renderer, *, on_bad_row: OnBadRow, progress: bool = True) -> TokenizedRows:
-    """Tokenise all rows, or read them from the cache when rows and renderer are those of an earlier call.
+def tokenize_rows(
+    rows: Rows, encoder: ConversationEncoder, *, on_bad_row: OnBadRow, progress: bool = True
+) -> TokenizedRows:
+    """Tokenise all rows, or read them from the cache when rows and encoder are those of an earlier call.
 
     Rows that are too long under ``truncation: drop`` are dropped, and under ``truncation: error`` are an error,
     whatever ``on_bad_row`` says of malformed rows and of rows with nothing left to learn.
@@ -122,7 +119,7 @@ def tokenize_rows(rows: Rows, renderer: Renderer, *, on_bad_row: OnBadRow, progr
 
     Args:
         rows: The source.
-        renderer: Template, tokenizer and rules.
+        encoder: Template, tokenizer and rules.
         on_bad_row: ``error`` stops at the first bad row, ``drop`` keeps it as an empty one with its reason.
         progress: Report on stderr.
 
@@ -130,45 +127,45 @@ def tokenize_rows(rows: Rows, renderer: Renderer, *, on_bad_row: OnBadRow, progr
         LabError: A bad row, named with its place; or the cache directory cannot be written.
 
     """
-    fingerprint = hashlib.sha256(f"{_FORMAT} {rows.fingerprint} {renderer.fingerprint}".encode()).hexdigest()
+    fingerprint = hashlib.sha256(f"{_FORMAT} {rows.fingerprint} {encoder.fingerprint}".encode()).hexdigest()
     path = cache_dir() / "tokenized" / f"{fingerprint[:32]}.arrow"
 
-    def raise_if_fatal(index: int, reason: str, too_long: bool) -> None:
-        if too_long and renderer.truncation == "error":
-            raise LabError(f"{rows.where(index)}: {reason}; raise data.max_length or set data.truncation")
-        if not too_long and on_bad_row == "error":
-            raise LabError(f"{rows.where(index)}: {reason}; correct the row or set data.on_bad_row to drop")
+    def checked(table: pa.Table, first: int) -> pa.Table:
+        """Stop at a row that may not be dropped; the table's rows are those from ``first`` on."""
+        columns = table["reason"].to_pylist(), table["too_long"].to_pylist()
+        for index, (reason, too_long) in enumerate(zip(*columns, strict=True), first):
+            if too_long and encoder.truncation == "error":
+                raise LabError(f"{rows.where(index)}: {reason}; raise data.max_length or set data.truncation")
+            if reason is not None and not too_long and on_bad_row == "error":
+                raise LabError(f"{rows.where(index)}: {reason}; correct the row or set data.on_bad_row to drop")
+        return table
 
-    def encode(batch: dict[str, list[int]]) -> pa.Table:
-        results = renderer.encode_batch([or_error(parse_conversation, rows.rows[index]) for index in batch["row"]])
-        for index, result in zip(batch["row"], results, strict=True):
-            if isinstance(result, RowError):
-                raise_if_fatal(index, str(result), isinstance(result, RowTooLongError))
-        return _table(results)
-
-    table = _read(path, len(rows))
+    table = _read(path)
     if table is None:
         if progress:
             print(f"tokenising {len(rows):,} rows of {rows.name}", file=sys.stderr)
+        shown = progress and sys.stderr.isatty()
         try:
-            table = _write(path, encode, len(rows), show_bar=progress and sys.stderr.isatty())
+            with Progress(console=Console(stderr=True), disable=not shown) as bar:
+                firsts = bar.track(range(0, len(rows), _BATCH_ROWS), description="tokenising")
+                table = _write(path, (checked(_encode(rows, encoder, first), first) for first in firsts))
         except OSError as error:
             raise LabError(f"cannot write {path}: {error.strerror or error}; set LIGHTNING_LAB_CACHE") from None
-    tokenized = TokenizedRows(table, fingerprint)
-    for index, reason in tokenized.dropped.items():
-        raise_if_fatal(index, reason, index in tokenized.too_long)
+    tokenized = TokenizedRows(checked(table, 0), fingerprint)
     if len(tokenized.dropped) == len(tokenized):
         raise LabError(f"every row of {rows.name} is dropped; {rows.where(0)}: {tokenized.dropped[0]}")
     return tokenized
 
 
-def _table(results: Sequence[Encoded | RowError]) -> pa.Table:
-    kept = [result if isinstance(result, Encoded) else None for result in results]
+def _encode(rows: Rows, encoder: ConversationEncoder, first: int) -> pa.Table:
+    batch = range(first, min(first + _BATCH_ROWS, len(rows)))
+    results = encoder.encode_batch([or_error(parse_conversation, rows[index]) for index in batch])
+    kept = [result if isinstance(result, Encoded) else Encoded([], [], False) for result in results]
     return pa.table(
         {
-            "input_ids": [result.input_ids if result else [] for result in kept],
-            "supervised": [result.supervised if result else [] for result in kept],
-            "truncated": [result is not None and result.truncated for result in kept],
+            "input_ids": [encoded.input_ids for encoded in kept],
+            "supervised": [encoded.supervised for encoded in kept],
+            "truncated": [encoded.truncated for encoded in kept],
             "reason": [str(result) if isinstance(result, RowError) else None for result in results],
             "too_long": [isinstance(result, RowTooLongError) for result in results],
         },
@@ -176,52 +173,38 @@ def _table(results: Sequence[Encoded | RowError]) -> pa.Table:
     )
 
 
-def _flat(column: pa.ChunkedArray) -> np.ndarray:
-    """The values of all lists, one after another."""
-    return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
-
-
-def _read(path: Path, rows: int) -> pa.Table | None:
+def _read(path: Path) -> pa.Table | None:
     """Read a cache file whole; None where it is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
     if hashlib.sha256(content[:-_SUM_BYTES]).digest() == content[-_SUM_BYTES:]:
-        table = pa.ipc.open_stream(content).read_all()
-        if len(table) == rows:
-            return table
+        return pa.ipc.open_stream(content).read_all()
     print(f"warning: {path} is damaged; tokenising anew", file=sys.stderr)
     return None
 
 
-def _write(path: Path, encode: Callable[..., pa.Table], rows: int, show_bar: bool) -> pa.Table:
+def _write(path: Path, tables: Iterable[pa.Table]) -> pa.Table:
     """Make a cache file beside its place, add the sum, and put it there whole."""
-    import datasets
-
-    if not show_bar:
-        datasets.disable_progress_bars()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        thresholds = gc.get_threshold()
-        # The search for reference cycles goes by the number of new objects, here texts and ids that are soon gone.
-        gc.set_threshold(_OBJECTS_A_SEARCH, *thresholds[1:])
-        try:
-            datasets.Dataset.from_dict({"row": range(rows)}).map(
-                encode,
-                batched=True,
-                batch_size=_BATCH_ROWS,
-                remove_columns="row",
-                features=datasets.Features.from_arrow_schema(_SCHEMA),
-                cache_file_name=str(made),
-                new_fingerprint=path.stem,
-                desc="tokenising",
-            )
-        finally:
-            gc.set_threshold(*thresholds)
-        content = made.read_bytes()
-        with made.open("ab") as file:
-            file.write(hashlib.sha256(content).digest())
-        os.replace(made, path)
+    for unfinished in path.parent.glob(".*"):  # of a process that was killed
+        with suppress(FileNotFoundError):  # it has just ended well
+            if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(unfinished)
+    thresholds = gc.get_threshold()
+    # The search for reference cycles goes by the number of new objects, here texts and ids that are soon gone.
+    gc.set_threshold(_OBJECTS_A_SEARCH, *thresholds[1:])
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            with pa.ipc.new_stream(str(made), _SCHEMA) as writer:
+                for table in tables:
+                    writer.write_table(table)
+            content = made.read_bytes()
+            with made.open("ab") as file:
+                file.write(hashlib.sha256(content).digest())
+            os.replace(made, path)
+    finally:
+        gc.set_threshold(*thresholds)
     return pa.ipc.open_stream(content).read_all()

@@ -251,7 +251,7 @@ class QLoRAModule(Lifecycle):
             "lr": learning_rate,
             "tokens": batch.tokens,
             "supervised_tokens": batch.supervised_tokens,
-            "padded_tokens": batch.padded_tokens,
+            "padded_tokens": batch.tokens,  # documents are laid end to end: nothing is padded
             "tokens_per_second": batch.tokens / (time.perf_counter() - self._step_began),
             "peak_memory_mib": peak_so_far(self.device) / 2**20,
         }

@@ -1,6 +1,6 @@
 import pytest
 
-from lightning_lab.data.conversation import Message, RowError, UnreadableRow, parse_conversation, parse_prompt
+from lightning_lab.data.conversation import Message, RowError, parse_conversation, parse_prompt
 
 TURNS = (Message("user", "hi"), Message("assistant", "yes?"))
 
@@ -76,7 +76,7 @@ def messages(*turns: tuple[object, object]) -> dict[str, object]:
         (messages(("assistant", "half \ud83d")), "half a surrogate pair"),
         ({"instruction": "a"}, "'output' is missing"),
         ({"instruction": "a", "output": 3}, "'output' must be text"),
-        (UnreadableRow("the line is not JSON"), "the line is not JSON"),
+        (RowError("the line is not JSON"), "the line is not JSON"),
     ],
 )
 def test_bad_rows_are_refused_with_their_reason(row: object, reason: str) -> None:
@@ -115,7 +115,7 @@ def test_prompts(row: dict[str, object], prompt: tuple[Message, ...] | None, ref
         (messages(("assistant", "yes")), "begins with the answer"),
         ({"prompt": 3}, "must be text, found a number"),
         ({"text": "a"}, "keys found: text"),
-        (UnreadableRow("the line is not JSON"), "the line is not JSON"),
+        (RowError("the line is not JSON"), "the line is not JSON"),
     ],
 )
 def test_bad_prompts(row: dict[str, object], reason: str) -> None:

@@ -22,6 +22,7 @@ import torch
 from lightning_lab.data.conversation import Conversation, Message, Prompt
 from lightning_lab.data.datamodule import RANGES, ChatDataModule
 from lightning_lab.data.loading import StepLoader, outlive_signals
+from lightning_lab.data.preview import packing_statistics
 from lightning_lab.errors import LabError
 
 SPLIT_SEED, SEED, BATCH_SIZE = 11, 5, 4
@@ -111,6 +112,21 @@ class TestSettings:
             for value in (low, high):
                 ChatDataModule(**{key: [value] * 3 if key == "split" else int(value)})
 
+    @pytest.mark.parametrize(
+        ("key", "value", "choices"),
+        [
+            ("control_tokens", "parse", "text, control"),
+            ("mask", "roles", "assistant"),
+            ("truncation", None, "tokens, turns, drop, error"),
+            ("on_bad_row", "skip", "error, drop"),
+            ("eval_split", "dev", "train, validation, test"),
+            ("micro_batch_tokens", "all", "auto"),
+        ],
+    )
+    def test_words_have_choices(self, key: str, value: Any, choices: str) -> None:
+        with pytest.raises(LabError, match=rf"^data\.{key} is {value!r}; choose one of {choices}$"):
+            ChatDataModule(**{key: value})
+
     def test_workers_may_be_none(self) -> None:
         assert ChatDataModule(num_workers=0).num_workers == 0
 
@@ -163,7 +179,6 @@ class TestSplits:
             assert dropping.splits[name].rows.tolist() == kept
             assert sorted(dropping.splits[name].dropped) == sorted(rows)
             assert all("keys found: nothing" in reason for reason in dropping.splits[name].dropped.values())
-            assert dropping.splits[name].all_rows == sorted(data.splits[name].rows.tolist())
         record = dropping.record()["splits"]
         assert {name: split["conversations"] for name, split in record.items()} == {
             "train": 16,
@@ -254,10 +269,10 @@ class TestSteps:
         tokens = sum(len(data.tokenized.input_ids(row)) for row in rows)
         for batch in batches:  # every process knows the whole step's counts
             assert batch.rows == tuple(rows)
-            assert (batch.supervised_tokens, batch.tokens, batch.padded_tokens) == (supervised, tokens, tokens)
-        assert sum(micro.supervised_tokens for micro in micro_batches) == supervised
-        assert sum(micro.tokens for micro in micro_batches) == tokens
-        assert all(micro.tokens <= 150 or len(micro.documents) == 1 for micro in micro_batches)
+            assert (batch.supervised_tokens, batch.tokens) == (supervised, tokens)
+        assert sum(len(micro.targets) for micro in micro_batches) == supervised
+        assert sum(micro.input_ids.numel() for micro in micro_batches) == tokens
+        assert all(micro.input_ids.numel() <= 150 or len(micro.documents) == 1 for micro in micro_batches)
         assert [bool(batch.micro_batches) for batch in batches] == [r < len(documents) for r in range(world_size)]
         for micro in micro_batches:
             ids = np.concatenate([data.tokenized.input_ids(row) for row in micro.rows])
@@ -280,7 +295,7 @@ class TestSteps:
     def test_packing_statistics_by_hand(self, data: ChatDataModule) -> None:
         lengths = [len(data.tokenized.input_ids(row)) for row in data.splits["train"].rows]
         data.micro_batch_tokens = 10_000  # a step is one micro-batch
-        statistics = data.packing_statistics()
+        statistics = packing_statistics(data)
         assert statistics["optimizer steps an epoch"] == 5
         assert statistics["tokens a step (mean)"] == round(sum(lengths) / 5)
         assert statistics["micro-batches a step (mean)"] == 1.0
@@ -434,7 +449,8 @@ class TestWorkers:
         assert (output, process.returncode) == (f"{said}\n", 0)
 
     def test_every_loader_with_workers_has_them(self, data: ChatDataModule) -> None:
-        for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        assert data.train_dataloader().options["worker_init_fn"] is outlive_signals
+        for loader in (data.val_dataloader(), data.test_dataloader()):
             assert loader.worker_init_fn is outlive_signals
 
 

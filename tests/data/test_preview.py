@@ -1,14 +1,13 @@
 import io
 import json
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from lightning_lab.data.encoding import Renderer
-from lightning_lab.data.preview import preview
-from lightning_lab.data.sources import Rows
-from lightning_lab.data.tokenized import TokenizedRows, tokenize_rows
+from lightning_lab.data.datamodule import ChatDataModule
+from lightning_lab.data.preview import packing_statistics, preview
 
 ROWS = [
     {"instruction": "Say [bold]hi[/bold]", "output": "hi \x1b[31m", "system": "s"},
@@ -18,22 +17,31 @@ ROWS = [
      + [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]},
 ]  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def rows() -> Rows:
-    return Rows(ROWS, "data.json", "0", len(ROWS))
+pytestmark = pytest.mark.usefixtures("one_tokenizer")
 
 
 @pytest.fixture(scope="module")
-def renderer(smollm2_tokenizer: Any) -> Renderer:
-    return Renderer(smollm2_tokenizer, max_length=34)
+def prepare(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    def made(rows: list[dict[str, Any]]) -> ChatDataModule:
+        path = tmp_path_factory.mktemp("rows") / "data.json"
+        path.write_text(json.dumps(rows))
+        settings: Any = {"tokenizer": str(tiny_base), "template": "tokenizer", "max_length": 34, "on_bad_row": "drop"}
+        data = ChatDataModule(str(path), split=[0.5, 0.5, 0.0], batch_size=2, **settings)
+        data.prepare(progress=False)
+        return data
+
+    return made
 
 
 @pytest.fixture(scope="module")
-def data(rows: Rows, renderer: Renderer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenizedRows]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIGHTNING_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield tokenize_rows(rows, renderer, on_bad_row="drop", progress=False)
+def prepared(prepare: Any) -> ChatDataModule:
+    return prepare(ROWS)
+
+
+@pytest.fixture
+def data(prepared: ChatDataModule) -> ChatDataModule:
+    prepared.eval_split = None
+    return prepared
 
 
 class Terminal(io.StringIO):
@@ -41,43 +49,45 @@ class Terminal(io.StringIO):
         return True
 
 
-def shown(data: TokenizedRows, rows: Rows, tokenizer: Any, file: io.StringIO | None = None, **options: Any) -> str:
+def shown(data: ChatDataModule, file: io.StringIO | None = None, **options: Any) -> str:
     file = file or io.StringIO()
-    preview(data, rows, tokenizer, Renderer(tokenizer, max_length=34), file=file, **options)
+    preview(data, file=file, **options)
     return file.getvalue()
 
 
-def test_text(data: TokenizedRows, rows: Rows, smollm2_tokenizer: Any) -> None:
-    text = shown(data, rows, smollm2_tokenizer, limit=3, packing={"micro-batches": 2, "fill": 0.51234567})
+def test_text(data: ChatDataModule) -> None:
+    text = shown(data, limit=3)
     assert "<|im_start|>user\nSay [bold]hi[/bold]<|im_end|>\n<|im_start|>assistant\n⟦hi ␛[31m<|im_end|>⟧\n" in text
     assert "assistant\n⟦a<|im_end|>⟧\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n⟦c<|im_end|>⟧\n" in text
-    assert text.index("--- data.json row 0: ") < text.index("--- data.json row 2: 34 tokens, ")
-    assert "4 rows of data.json: 3 kept, 1 dropped" in text
+    assert text.index("data.json row 0: ") < text.index("data.json row 2: 34 tokens, ")
+    assert f"4 rows of {data.source}: 3 kept, 1 dropped" in text
     assert "1 cut at max_length: rows 2\n" in text
     assert "0 tokenised otherwise without cuts at the answers\n" in text
     assert (
-        "dropped data.json row 1: no 'conversations', 'messages' or 'instruction' in the row (keys found: text)" in text
+        f"dropped {data.source} row 1: no 'conversations', 'messages' or 'instruction' in the row (keys found: text)"
+        in text
     )
-    assert text.endswith("micro-batches: 2\nfill: 0.5123\n")
-    assert f"{data.lengths.sum()} tokens, {data.supervised.sum()} supervised" in text
+    figures = "".join(f"{name}: {value}\n" for name, value in packing_statistics(data).items())
+    assert text.endswith(figures)
+    assert f"{data.tokenized.lengths.sum()} tokens, {data.tokenized.supervised.sum()} supervised" in text
     assert "p100 34" in text
 
 
-def test_indices_and_limit(data: TokenizedRows, rows: Rows, smollm2_tokenizer: Any) -> None:
-    text = shown(data, rows, smollm2_tokenizer, indices=[3, 0], limit=1)
-    assert "row 3: " in text
-    assert "row 0: " not in text
-    assert "2 rows of data.json: 2 kept, 0 dropped" in text
-    assert "0 cut at max_length\n" in text
+def test_a_split_and_a_limit(data: ChatDataModule) -> None:
+    data.eval_split = "validation"
+    mine: list[int] = np.random.default_rng(3407).permutation(4)[2:].tolist()
+    kept = sorted(row for row in mine if row != 1)
+    text = shown(data, limit=1)
+    assert [f"row {row}: " in text for row in (0, 2, 3)] == [row == kept[0] for row in (0, 2, 3)]
+    assert f"2 rows of {data.source}: {len(kept)} kept, {2 - len(kept)} dropped" in text
+    assert f"{int(2 in mine)} cut at max_length" in text
 
 
-@pytest.mark.usefixtures("data")  # its cache
-def test_boundary_shifts_are_counted(smollm2_tokenizer: Any, renderer: Renderer) -> None:
+def test_boundary_shifts_are_counted(prepare: Any) -> None:
     """Of the rows that are kept, by comparing with the whole text tokenised at once."""
     answers = ["plain", "\n\nbegins with empty lines", None, " begins with a space", "\n", "x" * 9]
-    rows = Rows([{"instruction": "q", "output": answer} for answer in answers], "data.json", "1", 6)
-    data = tokenize_rows(rows, renderer, on_bad_row="drop", progress=False)
-    backend = smollm2_tokenizer.backend_tokenizer
+    data = prepare([{"instruction": "q", "output": answer} for answer in answers])
+    backend = data.tokenizer.backend_tokenizer
     shifted = []
     for i, answer in enumerate(answers):
         if answer is not None:
@@ -87,30 +97,25 @@ def test_boundary_shifts_are_counted(smollm2_tokenizer: Any, renderer: Renderer)
                 shifted.append(i)
     assert 0 < len(shifted) < 5
     named = f"{len(shifted)} tokenised otherwise without cuts at the answers: rows {', '.join(map(str, shifted))}\n"
-    assert named in shown(data, rows, smollm2_tokenizer)
-    assert f"1 tokenised otherwise without cuts at the answers: rows {shifted[-1]}\n" in shown(
-        data, rows, smollm2_tokenizer, indices=[shifted[-1], 0]
-    )
+    assert named in shown(data)
 
 
-def test_colours_on_a_terminal(
-    data: TokenizedRows, rows: Rows, smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_colours_on_a_terminal(data: ChatDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-    text = shown(data, rows, smollm2_tokenizer, Terminal(), limit=3)
+    text = shown(data, Terminal(), limit=3)
     assert "⟦" not in text
     assert "\x1b[32ma<|im_end|>\x1b[0m" in text  # green
     assert "\x1b[2m" in text  # dim
     assert "\x1b[31m" not in text  # what the row quotes does not reach the terminal
 
 
-def test_json(data: TokenizedRows, rows: Rows, smollm2_tokenizer: Any) -> None:
-    lines = [json.loads(line) for line in shown(data, rows, smollm2_tokenizer, limit=9, as_json=True).splitlines()]
+def test_json(data: ChatDataModule) -> None:
+    lines = [json.loads(line) for line in shown(data, limit=9, as_json=True).splitlines()]
     assert [line["row"] for line in lines] == [0, 2, 3]
     for line in lines:
         assert set(line) == {"row", "input_ids", "labels", "text"}
-        assert line["input_ids"] == data.input_ids(line["row"]).tolist()
-        assert line["labels"] == data.labels(line["row"]).tolist()
+        assert line["input_ids"] == data.tokenized.input_ids(line["row"]).tolist()
+        assert line["labels"] == data.tokenized.labels(line["row"]).tolist()
     assert lines[0]["text"].endswith("<|im_start|>assistant\nhi \x1b[31m<|im_end|>\n")
     assert len(lines[1]["labels"]) == 34

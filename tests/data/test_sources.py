@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from lightning_lab.data.conversation import RowError, UnreadableRow, parse_conversation
+from lightning_lab.data.conversation import RowError, parse_conversation
 from lightning_lab.data.sources import load_rows
 from lightning_lab.errors import LabError
 
@@ -27,22 +27,22 @@ def json_lines(path: Path) -> str:
 
 def test_json_lines(tmp_path: Path) -> None:
     rows = load_rows(json_lines(tmp_path / "a.jsonl"), None)
-    assert list(rows.rows) == ROWS
+    assert list(rows) == ROWS
     assert rows.where(2).endswith("a.jsonl line 5")  # blank lines are counted, but are no rows
-    assert rows.rows[-1] == ROWS[-1]
+    assert rows[-1] == ROWS[-1]
 
 
 def test_json_list(tmp_path: Path) -> None:
     rows = load_rows(write(tmp_path / "a.json", json.dumps(ROWS)), None)
-    assert list(rows.rows) == ROWS
+    assert list(rows) == ROWS
     assert rows.where(2).endswith("a.json row 2")
 
 
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
-    assert list(load_rows(str(path), None).rows) == ROWS
-    assert list(load_rows(str(path), 3).rows) == ROWS[:3]
+    assert list(load_rows(str(path), None)) == ROWS
+    assert list(load_rows(str(path), 3)) == ROWS[:3]
     path.write_bytes(b"PAR1 no")
     with pytest.raises(LabError, match="not a readable Parquet"):
         load_rows(str(path), None)
@@ -52,7 +52,7 @@ def test_limit_and_fingerprint(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "a.jsonl")
     whole, cut, large = load_rows(path, None), load_rows(path, 2), load_rows(path, 99)
     assert len(cut) == 2
-    assert list(cut.rows) == ROWS[:2]
+    assert list(cut) == ROWS[:2]
     assert whole.fingerprint == large.fingerprint != cut.fingerprint
     copied = tmp_path / "b.jsonl"
     copied.write_bytes(Path(path).read_bytes())
@@ -65,9 +65,9 @@ def test_limit_and_fingerprint(tmp_path: Path) -> None:
 def test_malformed_line_keeps_its_place(tmp_path: Path) -> None:
     rows = load_rows(write(tmp_path / "a.jsonl", f'{json.dumps(ROWS[0])}\n{{"messages": \n{json.dumps(ROWS[2])}'), None)
     assert len(rows) == 3
-    assert rows.rows[2] == ROWS[2]
+    assert rows[2] == ROWS[2]
     with pytest.raises(RowError, match="the line is not JSON"):
-        parse_conversation(rows.rows[1])
+        parse_conversation(rows[1])
     assert rows.where(1).endswith("line 2")
 
 
@@ -105,35 +105,30 @@ def test_byte_order_mark(tmp_path: Path) -> None:
     assert len(load_rows(str(tmp_path / "a.json"), None)) == 5
 
 
-def test_json_lines_stay_on_disk(tmp_path: Path) -> None:
+def test_json_lines_that_begin_with_a_mark(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in ROWS))
     rows = load_rows(str(path), None)
-    assert list(rows.rows) == ROWS
-    path.write_bytes(path.read_bytes().replace(b"answer 3", b"ANSWER 3"))
-    assert rows.rows[3]["messages"][0]["content"] == "\u2028 ANSWER 3"
+    assert list(rows) == ROWS
     path.write_bytes(b"")  # cut short by someone else
-    assert isinstance(rows.rows[3], UnreadableRow)
-    path.unlink()
-    with pytest.raises(LabError, match=r"a\.jsonl cannot be read: No such file"):
-        rows.rows[3]
+    assert rows[3] == ROWS[3]
 
 
 def test_embedded() -> None:
     rows = load_rows("embedded", None)
     assert len(rows) == 503
-    assert parse_conversation(rows.rows[0]).messages[0].content == "What is a bygglov (building permit)?"
+    assert parse_conversation(rows[0]).messages[0].content == "What is a bygglov (building permit)?"
     assert rows.where(6) == "embedded line 7"
 
 
 def test_chitchat() -> None:
     rows = load_rows("chitchat", None)
     assert len(rows) == 4017
-    first = parse_conversation(rows.rows[0]).messages
+    first = parse_conversation(rows[0]).messages
     assert [message.role for message in first[:4]] == ["user", "assistant", "user", "assistant"]
     assert first[0].content == "Hello\nHow are you doing today?"
     assert first[1].content == "whats up MD\nim doing good\nhow are you doing?"
-    for row in rows.rows:
+    for row in rows:
         roles = [message.role for message in parse_conversation(row).messages]
         assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
 
@@ -200,8 +195,8 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = load_rows("owner/name", 3, "0123abc")
     assert asked == [("owner/name", "train", "0123abc")]
-    assert rows.total == len(load_rows("owner/name").rows) == 5
-    assert [rows.rows[i] for i in range(3)] == ROWS[:3]
+    assert rows.total == len(load_rows("owner/name")) == 5
+    assert [rows[i] for i in range(3)] == ROWS[:3]
     assert len(rows) == 3
     assert rows.where(2) == "owner/name row 2"
     assert load_rows("owner/name", 4).fingerprint != rows.fingerprint == load_rows("owner/name", 3).fingerprint
@@ -223,6 +218,6 @@ def test_only_the_hub_has_revisions(tmp_path: Path) -> None:
 def test_deep_nesting_is_a_bad_row_or_one_line(tmp_path: Path) -> None:
     deep = "[" * 5000 + "]" * 5000
     rows = load_rows(write(tmp_path / "a.jsonl", f'{json.dumps(ROWS[0])}\n{{"messages": {deep}}}'))
-    assert isinstance(rows.rows[1], UnreadableRow)
+    assert isinstance(rows[1], RowError)
     with pytest.raises(LabError, match=r"a\.json is not JSON: maximum recursion depth"):
         load_rows(write(tmp_path / "a.json", deep))

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_lab.data.conversation import Conversation, Message, RowError
-from lightning_lab.data.encoding import Renderer
+from lightning_lab.data.encoding import ConversationEncoder
 from lightning_lab.data.template import _walk
 from lightning_lab.errors import LabError
+from tests.data.encoded import encode
 
 CHATML = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}"
 LOOPS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abcd") + "x" + "{% endfor %}" * 4
@@ -27,14 +28,14 @@ def write(path: Path, text: str) -> str:
 def test_a_template_that_loops_without_end_is_one_line(smollm2_tokenizer: Any, tmp_path: Path) -> None:
     started, before = time.monotonic(), sys.gettrace()
     with pytest.raises(LabError, match=r"endless\.jinja cannot be used: .* takes more than 5 s.* may loop without end"):
-        Renderer(smollm2_tokenizer, write(tmp_path / "endless.jinja", CHATML + LOOPS))
+        ConversationEncoder(smollm2_tokenizer, write(tmp_path / "endless.jinja", CHATML + LOOPS))
     assert time.monotonic() - started < 60  # not a measure of speed: it hung for ever
     assert sys.gettrace() is before
 
 
 def test_a_template_that_calls_itself_is_one_line(smollm2_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(LabError, match=r"again\.jinja cannot be used: the chat template calls itself without end"):
-        Renderer(smollm2_tokenizer, write(tmp_path / "again.jinja", CHATML + RECURSION + "{{ again() }}"))
+        ConversationEncoder(smollm2_tokenizer, write(tmp_path / "again.jinja", CHATML + RECURSION + "{{ again() }}"))
 
 
 @pytest.mark.parametrize(
@@ -45,13 +46,13 @@ def test_what_goes_wrong_in_a_later_row_is_that_rows(
     smollm2_tokenizer: Any, tmp_path: Path, trouble: str, reason: str
 ) -> None:
     only_then = "{% if messages | length > 2 %}" + trouble + "{% endif %}"
-    renderer = Renderer(smollm2_tokenizer, write(tmp_path / "later.jinja", CHATML + only_then))
+    encoder = ConversationEncoder(smollm2_tokenizer, write(tmp_path / "later.jinja", CHATML + only_then))
     turns = (Message("user", "a"), Message("assistant", "b"))
     good, bad = Conversation(turns), Conversation(turns * 2)
-    first, second, third = renderer.encode_batch([good, bad, good])
+    first, second, third = encoder.encode_batch([good, bad, good])
     assert isinstance(second, RowError)
     assert reason in str(second)
-    assert first == third == renderer.encode(good)
+    assert first == third == encode(encoder, good)
 
 
 @given(
@@ -80,6 +81,6 @@ def test_many_ambiguous_contents_take_no_time(smollm2_tokenizer: Any, tmp_path: 
     """Blank contents between blank literals: 5 ways for each of 300, of which few are tried."""
     trimming = write(tmp_path / "trim.jinja", "{% for m in messages %}{{ m.content | trim }} {% endfor %}x")
     turns = [Message("user" if i % 2 else "assistant", "a ") for i in range(300)]
-    rendered = Renderer(smollm2_tokenizer, trimming).render(Conversation(tuple(turns)))
+    rendered = ConversationEncoder(smollm2_tokenizer, trimming).template.render(tuple(turns))
     assert rendered.text == "a " * 300 + "x"
     assert len(rendered.contents) == 300

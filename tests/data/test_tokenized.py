@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 from lightning_lab.data import tokenized as module
-from lightning_lab.data.conversation import UnreadableRow, parse_conversation
-from lightning_lab.data.encoding import Renderer
+from lightning_lab.data.conversation import RowError, parse_conversation
+from lightning_lab.data.encoding import ConversationEncoder
 from lightning_lab.data.sources import Rows, load_rows
 from lightning_lab.data.tokenized import changed_rows, tokenize_rows
 from lightning_lab.errors import LabError
+from tests.data.encoded import encode, labels
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 
 
 GOOD = [chat(f"question {i}", f"answer {i} " + "and more " * (i % 7)) for i in range(600)]  # three batches of 256
-BAD = [chat("a", "b"), {"text": "no"}, chat("c", "d"), UnreadableRow("the line is not JSON"), chat("e", "x " * 200)]
+BAD = [chat("a", "b"), {"text": "no"}, chat("c", "d"), RowError("the line is not JSON"), chat("e", "x " * 200)]
 
 
 def as_rows(rows: list[Any], fingerprint: str = "0") -> Rows:
@@ -34,13 +36,13 @@ def as_rows(rows: list[Any], fingerprint: str = "0") -> Rows:
 
 
 @pytest.fixture(scope="module")
-def renderer(smollm2_tokenizer: Any) -> Renderer:
-    return Renderer(smollm2_tokenizer)
+def encoder(smollm2_tokenizer: Any) -> ConversationEncoder:
+    return ConversationEncoder(smollm2_tokenizer)
 
 
 @pytest.fixture(scope="module")
-def short_renderer(smollm2_tokenizer: Any) -> Renderer:
-    return Renderer(smollm2_tokenizer, max_length=60)
+def short_encoder(smollm2_tokenizer: Any) -> ConversationEncoder:
+    return ConversationEncoder(smollm2_tokenizer, max_length=60)
 
 
 @pytest.fixture(autouse=True)
@@ -50,44 +52,43 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tokenized"
 
 
-def test_every_row_is_what_the_renderer_gives(renderer: Renderer) -> None:
-    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+def test_every_row_is_what_the_encoder_gives(encoder: ConversationEncoder) -> None:
+    data = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
     assert len(data) == 600
     for i in (0, 1, 255, 256, 511, 512, 599):
-        encoded = renderer.encode(parse_conversation(GOOD[i]))
+        encoded = encode(encoder, parse_conversation(GOOD[i]))
         assert data.input_ids(i).tolist() == encoded.input_ids
-        assert data.labels(i).tolist() == encoded.labels
+        assert data.labels(i).tolist() == labels(encoded)
         assert data.input_ids(i).dtype == data.labels(i).dtype == np.int32
         assert data.lengths[i] == len(encoded.input_ids)
-        assert data.supervised[i] == sum(label != -100 for label in encoded.labels[1:])
+        assert data.supervised[i] == sum(label != -100 for label in labels(encoded)[1:])
     assert (data.dropped, data.truncated) == ({}, [])
     data.input_ids(0)[:] = 7  # a copy: the file stays as it is
     assert data.input_ids(0)[0] != 7
-    for outside in (600, -1):
-        with pytest.raises(IndexError):
-            data.input_ids(outside)
+    with pytest.raises(IndexError):
+        data.input_ids(600)
 
 
 def test_labels_at_the_first_token_do_not_count(smollm2_tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "bare.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    bare = Renderer(smollm2_tokenizer, str(tmp_path / "bare.jinja"))
+    bare = ConversationEncoder(smollm2_tokenizer, str(tmp_path / "bare.jinja"))
     rows = as_rows([{"messages": [{"role": "assistant", "content": "one two three"}]}])
     data = tokenize_rows(rows, bare, on_bad_row="error", progress=False)
     assert data.labels(0)[0] != -100
     assert (data.lengths[0], data.supervised[0]) == (3, 2)
 
 
-def test_the_earliest_bad_row_is_named_whatever_comes_after(renderer: Renderer) -> None:
+def test_the_earliest_bad_row_is_named_whatever_comes_after(encoder: ConversationEncoder) -> None:
     rows = as_rows([*GOOD[:300], {"text": "no"}, *GOOD[:300], {"other": "no"}])
     thresholds = gc.get_threshold()
     with pytest.raises(LabError, match=r"^data\.jsonl line 601: .*keys found: text"):
-        tokenize_rows(rows, renderer, on_bad_row="error", progress=False)
+        tokenize_rows(rows, encoder, on_bad_row="error", progress=False)
     assert gc.get_threshold() == thresholds
 
 
-def test_bad_rows_keep_their_index(short_renderer: Renderer) -> None:
+def test_bad_rows_keep_their_index(short_encoder: ConversationEncoder) -> None:
     for _ in ("made", "from the cache"):
-        data = tokenize_rows(as_rows(BAD), short_renderer, on_bad_row="drop", progress=False)
+        data = tokenize_rows(as_rows(BAD), short_encoder, on_bad_row="drop", progress=False)
         assert len(data) == 5
         assert sorted(data.dropped) == [1, 3]
         assert "keys found: text" in data.dropped[1]
@@ -95,91 +96,89 @@ def test_bad_rows_keep_their_index(short_renderer: Renderer) -> None:
         assert data.lengths[[1, 3]].tolist() == data.supervised[[1, 3]].tolist() == [0, 0]
         assert data.truncated == [4]
         assert data.lengths[4] == 60
-        assert data.input_ids(2).tolist() == short_renderer.encode(parse_conversation(BAD[2])).input_ids
+        assert data.input_ids(2).tolist() == encode(short_encoder, parse_conversation(BAD[2])).input_ids
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_first_bad_row_is_an_error(short_renderer: Renderer, folder: Path, cached: bool) -> None:
+def test_first_bad_row_is_an_error(short_encoder: ConversationEncoder, folder: Path, cached: bool) -> None:
     if cached:
-        tokenize_rows(as_rows(BAD), short_renderer, on_bad_row="drop", progress=False)
+        tokenize_rows(as_rows(BAD), short_encoder, on_bad_row="drop", progress=False)
     with pytest.raises(LabError, match=r"^data\.jsonl line 3: no 'conversations'.*set data\.on_bad_row to drop$"):
-        tokenize_rows(as_rows(BAD), short_renderer, on_bad_row="error", progress=False)
+        tokenize_rows(as_rows(BAD), short_encoder, on_bad_row="error", progress=False)
     assert len(list(folder.glob("*")) + list(folder.glob(".*"))) == cached  # nothing half-written stays
 
 
 def test_rows_that_are_too_long(smollm2_tokenizer: Any) -> None:
     rows = as_rows([BAD[0], BAD[4]])
-    dropping = Renderer(smollm2_tokenizer, max_length=60, truncation="drop")
+    dropping = ConversationEncoder(smollm2_tokenizer, max_length=60, truncation="drop")
     data = tokenize_rows(rows, dropping, on_bad_row="error", progress=False)
     assert list(data.dropped) == [1]
     assert "more than data.max_length 60" in data.dropped[1]
-    refusing = Renderer(smollm2_tokenizer, max_length=60, truncation="error")
+    refusing = ConversationEncoder(smollm2_tokenizer, max_length=60, truncation="error")
     with pytest.raises(LabError, match=r"line 3: .* more than data\.max_length 60; raise data\.max_length"):
         tokenize_rows(rows, refusing, on_bad_row="drop", progress=False)
 
 
-def test_nothing_left_is_an_error(renderer: Renderer) -> None:
+def test_nothing_left_is_an_error(encoder: ConversationEncoder) -> None:
     with pytest.raises(LabError, match=r"every row of data\.jsonl is dropped; data\.jsonl line 1: no 'conv"):
-        tokenize_rows(as_rows([{}, {}]), renderer, on_bad_row="drop", progress=False)
+        tokenize_rows(as_rows([{}, {}]), encoder, on_bad_row="drop", progress=False)
 
 
 def test_cache_is_used_and_keyed(
-    renderer: Renderer, short_renderer: Renderer, folder: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: ConversationEncoder, short_encoder: ConversationEncoder, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+    first = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_write", lambda *_: pytest.fail("tokenised again"))
-        again = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="drop", progress=False)
+        again = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="drop", progress=False)
     assert again.fingerprint == first.fingerprint
     others = [
-        tokenize_rows(as_rows(GOOD, "other rows"), renderer, on_bad_row="error", progress=False),
-        tokenize_rows(as_rows(GOOD), short_renderer, on_bad_row="error", progress=False),
+        tokenize_rows(as_rows(GOOD, "other rows"), encoder, on_bad_row="error", progress=False),
+        tokenize_rows(as_rows(GOOD), short_encoder, on_bad_row="error", progress=False),
     ]
     monkeypatch.setattr(module, "_FORMAT", module._FORMAT + 1)
-    others.append(tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False))
+    others.append(tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False))
     assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 4
     assert len(list(folder.iterdir())) == 4
 
 
 def test_rows_are_found_whatever_the_batches_were(
-    renderer: Renderer, folder: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: ConversationEncoder, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache file may be of another version of this package, which wrote other batches."""
-    expected = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+    expected = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
     for path in folder.iterdir():
         path.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(module, "_BATCH_ROWS", 100)
-        tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+        tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
         patch.setattr(module, "_write", lambda *_: pytest.fail("tokenised again"))
         patch.setattr(module, "_BATCH_ROWS", 70)
-        data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+        data = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
     for i in range(600):
         assert data.labels(i).tolist() == expected.labels(i).tolist()
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "short"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "text"])
 def test_damaged_cache_is_made_again(
-    renderer: Renderer, folder: Path, damage: str, capsys: pytest.CaptureFixture[str]
+    encoder: ConversationEncoder, folder: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+    data = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
     (path,) = folder.iterdir()
     content = path.read_bytes()
-    if damage == "short":  # whole, but of fewer rows
-        path.unlink()
-        tokenize_rows(as_rows(GOOD[:10]), renderer, on_bad_row="error", progress=False)
-    else:
-        path.write_bytes({"empty": b"", "cut": content[:-100], "text": b"hello"}[damage])
-    again = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+    path.write_bytes({"empty": b"", "cut": content[:-100], "text": b"hello"}[damage])
+    again = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
     assert [again.labels(i).tolist() for i in range(600)] == [data.labels(i).tolist() for i in range(600)]
     assert capsys.readouterr().err == f"warning: {path} is damaged; tokenising anew\n"
     assert path.read_bytes() == content
 
 
-def test_any_flipped_bit_is_noticed(renderer: Renderer, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_flipped_bit_is_noticed(
+    encoder: ConversationEncoder, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Anywhere in the file: ids, masks, offsets, Arrow's own headers, and the sum."""
     rows = as_rows(GOOD[:3])
-    tokenize_rows(rows, renderer, on_bad_row="error", progress=False)
+    tokenize_rows(rows, encoder, on_bad_row="error", progress=False)
     (path,) = folder.iterdir()
     content = path.read_bytes()
     generator = random.Random(0)
@@ -187,7 +186,7 @@ def test_any_flipped_bit_is_noticed(renderer: Renderer, folder: Path, capsys: py
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        tokenize_rows(rows, renderer, on_bad_row="error", progress=False)
+        tokenize_rows(rows, encoder, on_bad_row="error", progress=False)
         assert str(path) in capsys.readouterr().err
         assert path.read_bytes() == content
 
@@ -199,20 +198,20 @@ def run_child(target: Callable[..., None], *args: Any) -> int | None:
     return child.exitcode
 
 
-def _read_a_file_that_is_cut_short(renderer: Renderer, folder: Path) -> None:
-    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+def _read_a_file_that_is_cut_short(encoder: ConversationEncoder, folder: Path) -> None:
+    data = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
     (path,) = folder.iterdir()
     os.truncate(path, 0)
     for i in range(600):
         assert len(data.labels(i)) == data.lengths[i]
 
 
-def test_a_file_that_is_cut_short_meanwhile_ends_no_process(renderer: Renderer, folder: Path) -> None:
-    assert run_child(_read_a_file_that_is_cut_short, renderer, folder) == 0  # was -7, SIGBUS
+def test_a_file_that_is_cut_short_meanwhile_ends_no_process(encoder: ConversationEncoder, folder: Path) -> None:
+    assert run_child(_read_a_file_that_is_cut_short, encoder, folder) == 0  # was -7, SIGBUS
 
 
-def _die_in_the_second_batch(renderer: Renderer) -> None:
-    encode, calls = renderer.encode_batch, []
+def _die_in_the_second_batch(encoder: ConversationEncoder) -> None:
+    encode, calls = encoder.encode_batch, []
 
     def die(conversations: Any) -> Any:
         calls.append(1)
@@ -220,63 +219,74 @@ def _die_in_the_second_batch(renderer: Renderer) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(conversations)
 
-    renderer.encode_batch = die  # type: ignore[method-assign]
-    tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+    encoder.encode_batch = die  # type: ignore[method-assign]
+    tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
 
 
 def test_a_killed_process_leaves_nothing_that_is_trusted(
-    renderer: Renderer, folder: Path, capsys: pytest.CaptureFixture[str]
+    encoder: ConversationEncoder, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_child(_die_in_the_second_batch, renderer) == -signal.SIGKILL
+    assert run_child(_die_in_the_second_batch, encoder) == -signal.SIGKILL
     assert list(folder.glob("*.arrow")) == []
-    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
-    assert data.input_ids(599).tolist() == renderer.encode(parse_conversation(GOOD[599])).input_ids
+    data = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
+    assert data.input_ids(599).tolist() == encode(encoder, parse_conversation(GOOD[599])).input_ids
     assert capsys.readouterr().err == ""
 
 
-def test_pickles(renderer: Renderer) -> None:
-    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+def test_what_killed_processes_left_is_swept_when_it_is_old(encoder: ConversationEncoder, folder: Path) -> None:
+    for name, age in ((".old", 25 * 3600), (".new", 3600)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "half.arrow").write_text("half")
+        os.utime(folder / name, (time.time() - age,) * 2)
+    tokenize_rows(as_rows(GOOD[:3]), encoder, on_bad_row="error", progress=False)
+    assert sorted(path.name for path in folder.glob(".*")) == [".new"]  # whose process may be at work
+
+
+def test_pickles(encoder: ConversationEncoder) -> None:
+    data = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
     assert pickle.loads(pickle.dumps(data)).labels(599).tolist() == data.labels(599).tolist()
 
 
-def _tokenize(renderer: Renderer) -> None:
-    tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+def _tokenize(encoder: ConversationEncoder) -> None:
+    tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
 
 
-def test_two_processes_at_once(renderer: Renderer, folder: Path) -> None:
+def test_two_processes_at_once(encoder: ConversationEncoder, folder: Path) -> None:
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_tokenize, args=(renderer,)) for _ in range(2)]
+    children = [context.Process(target=_tokenize, args=(encoder,)) for _ in range(2)]
     for child in children:
         child.start()
     for child in children:
         child.join(60)
         assert child.exitcode == 0
     assert [path.suffix for path in folder.iterdir()] == [".arrow"]
-    data = tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
-    assert data.input_ids(599).tolist() == renderer.encode(parse_conversation(GOOD[599])).input_ids
+    data = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
+    assert data.input_ids(599).tolist() == encode(encoder, parse_conversation(GOOD[599])).input_ids
 
 
-def test_unwritable_cache(renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache(encoder: ConversationEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LIGHTNING_LAB_CACHE", str(tmp_path / "file"))
     with pytest.raises(LabError, match="cannot write .* set LIGHTNING_LAB_CACHE"):
-        tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error", progress=False)
+        tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
 
 
-def test_progress_is_one_line_away_from_a_terminal(renderer: Renderer, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error")
+def test_progress_is_one_line_away_from_a_terminal(
+    encoder: ConversationEncoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error")
     assert capsys.readouterr().err == "tokenising 600 rows of data.jsonl\n"
-    tokenize_rows(as_rows(GOOD), renderer, on_bad_row="error")
+    tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error")
     assert capsys.readouterr().err == ""
 
 
 class TestRowHashes:
-    def test_a_row_that_changes_is_found(self, renderer: Renderer) -> None:
+    def test_a_row_that_changes_is_found(self, encoder: ConversationEncoder) -> None:
         rows = [chat(f"question {i}", f"answer {i}") for i in range(6)]
-        before = tokenize_rows(as_rows(rows), renderer, on_bad_row="drop", progress=False)
+        before = tokenize_rows(as_rows(rows), encoder, on_bad_row="drop", progress=False)
         rows[2], rows[4] = chat("question 2", "answer 3"), {"text": "no"}
         assert before.row_hashes.dtype == np.uint32
-        after = tokenize_rows(as_rows(rows, "1"), renderer, on_bad_row="drop", progress=False)
+        after = tokenize_rows(as_rows(rows, "1"), encoder, on_bad_row="drop", progress=False)
         assert np.flatnonzero(before.row_hashes != after.row_hashes).tolist() == [2, 4]
         assert changed_rows(before.row_hashes, after.row_hashes) == "rows 2 and 4 differ"
         assert len(set(before.row_hashes.tolist())) == 6
@@ -284,7 +294,7 @@ class TestRowHashes:
     def test_the_mask_counts(self, smollm2_tokenizer: Any, tmp_path: Path) -> None:
         """One template, two sequences of roles: equal ids, of which others are supervised."""
         (tmp_path / "bare.jinja").write_text("{% for m in messages %}{{ m.content }}|{% endfor %}")
-        bare = Renderer(smollm2_tokenizer, str(tmp_path / "bare.jinja"))
+        bare = ConversationEncoder(smollm2_tokenizer, str(tmp_path / "bare.jinja"))
         turns = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three four"}]
         both = [{**turn, "role": "assistant"} for turn in turns]
         data = tokenize_rows(
@@ -313,9 +323,9 @@ class TestRowHashes:
         assert changed_rows(np.array(before, np.uint32), torch.tensor(now)) == words
 
 
-def test_embedded_data(renderer: Renderer) -> None:
+def test_embedded_data(encoder: ConversationEncoder) -> None:
     rows = load_rows("embedded", 50)
-    data = tokenize_rows(rows, renderer, on_bad_row="error", progress=False)
-    answer = rows.rows[49]["conversations"][1]["value"]
+    data = tokenize_rows(rows, encoder, on_bad_row="error", progress=False)
+    answer = rows[49]["conversations"][1]["value"]
     assert json.dumps(answer)
-    assert renderer.encode(parse_conversation(rows.rows[49])).input_ids == data.input_ids(49).tolist()
+    assert encode(encoder, parse_conversation(rows[49])).input_ids == data.input_ids(49).tolist()
