@@ -2,45 +2,72 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
-import torch
+import lightning.pytorch as pl
 
+from lightning_lab.data.datamodule import ChatDataModule
+from lightning_lab.errors import LabError
+from lightning_lab.files import flatten
 from lightning_lab.models import memory
 from lightning_lab.models.base import load_config
+from lightning_lab.training.resume import KEY, read_checkpoint
+
+KEYS = ("model.checkpointing", "data.micro_batch_tokens", "data.eval_micro_batch_tokens")
 
 
-def choose(model: Any, data: Any, device: torch.device, processes: int, *, training: bool) -> dict[str, Any]:
-    """Put numbers in the place of ``auto``; other values stay as they are.
+def settle_auto(trainer: pl.Trainer, module: Any, data: ChatDataModule | None, *, training: bool) -> None:
+    """Put numbers in the place of ``auto``, before any weight is loaded; rank 0 chooses for all.
+
+    A continued run takes over what its checkpoint says, whatever would fit now: with dropout the cut into micro-batches
+    is a part of the result.
 
     Args:
-        model: Settings of the module.
-        data: Settings of the data module.
-        device: Where the model goes.
-        processes: How many share a CPU's memory.
+        trainer: Of the run, or of a plan of it.
+        module: The `QLoRAModule`.
+        data: Its data module, if it has one.
         training: False for evaluation by itself.
-
-    Returns:
-        ``model.checkpointing``, ``data.micro_batch_tokens`` and ``data.eval_micro_batch_tokens``.
 
     Raises:
         LabError: Nothing fits, or the free memory is not known.
 
     """
-    mode, tokens, eval_tokens = model.checkpointing, data.micro_batch_tokens, data.eval_micro_batch_tokens
-    shared = {
-        "available": memory.available_memory(device, processes),
-        "max_length": data.max_length,
-        "batch_size": data.batch_size,
-    }
+    settings = flatten({"model": module.hparams, "data": data.hparams if data else {}})
+    asked = [key for key in KEYS if settings.get(key) == "auto"]
+    if not asked:
+        return
+    if data is None:
+        raise LabError("model.checkpointing: auto needs a ChatDataModule to choose for; name a mode")
+    chosen: Any = None
+    if training and trainer.ckpt_path:
+        chosen = read_checkpoint(Path(trainer.ckpt_path))[KEY]["chosen"]
+    elif trainer.is_global_zero:
+        chosen = _choose(trainer, module.hparams, data.hparams, asked, training)
+        print(f"auto: {', '.join(f'{key} {chosen[key]}' for key in asked)}", file=sys.stderr)
+    chosen = trainer.strategy.broadcast(chosen)
+    for key in asked:
+        section, name = key.split(".")
+        part: Any = module if section == "model" else data
+        part.hparams[name] = chosen[key]  # which checkpoints and config.yaml keep
+        setattr(part, name, chosen[key])
+
+
+def _choose(trainer: pl.Trainer, model: Any, data: Any, asked: list[str], training: bool) -> dict[str, Any]:
+    device = trainer.strategy.root_device
     config = load_config(model.base, model.revision)
-    if mode == "auto" or tokens == "auto":
+    available = memory.available_memory(device, trainer.num_devices)
+    sizes = {"max_length": data.max_length, "batch_size": data.batch_size}
+    mode, tokens = model.checkpointing, data.micro_batch_tokens
+    if "auto" in (mode, tokens):
         given = None if tokens == "auto" else tokens
-        mode, tokens = memory.choose(config, model, device, **shared, micro_batch_tokens=given, training=training)
-    if eval_tokens == "auto":
-        eval_tokens = memory.choose(config, model, device, **shared, training=False)[1]
-    return {
-        "model.checkpointing": mode,
-        "data.micro_batch_tokens": tokens,
-        "data.eval_micro_batch_tokens": tokens if eval_tokens is None else eval_tokens,
-    }
+        mode, tokens = memory.choose(
+            config, model, device, available, **sizes, micro_batch_tokens=given, training=training
+        )
+    chosen = {"model.checkpointing": mode, "data.micro_batch_tokens": tokens}
+    if "data.eval_micro_batch_tokens" in asked:
+        chosen["data.eval_micro_batch_tokens"] = memory.choose(
+            config, model, device, available, **sizes, training=False
+        )[1]
+    return chosen
