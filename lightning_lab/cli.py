@@ -134,6 +134,9 @@ class LabCLI(LightningCLI):
             _say(f"run: {self.paths.run_dir}")
         if self.paths.checkpoint is not None:  # what is damaged is named before a model is loaded
             checkpoint = resume.read_checkpoint(self.paths.checkpoint)
+            for key, value in checkpoint[resume.KEY]["chosen"].items() if self.command == "fit" else ():
+                if settings[key] == "auto":  # nothing may fit now
+                    settings[key] = value
             if settings.ckpt_path == "best":
                 check_sums(self.paths.run_dir / CHECKPOINTS / "best")
             if settings.model.revision is None and checkpoint["hyper_parameters"]["base"] == settings.model.base:

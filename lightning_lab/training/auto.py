@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,16 +13,12 @@ from lightning_lab.errors import LabError
 from lightning_lab.files import flatten
 from lightning_lab.models import memory
 from lightning_lab.models.base import load_config
-from lightning_lab.training.resume import KEY, read_checkpoint
 
 KEYS = ("model.checkpointing", "data.micro_batch_tokens", "data.eval_micro_batch_tokens")
 
 
-def settle_auto(trainer: pl.Trainer, module: Any, data: ChatDataModule | None, *, training: bool) -> None:
+def settle_auto(trainer: pl.Trainer, module: Any, data: ChatDataModule | None, *, training: bool) -> list[str]:
     """Put numbers in the place of ``auto``, before any weight is loaded; rank 0 chooses for all.
-
-    A continued run takes over what its checkpoint says, whatever would fit now: with dropout the cut into micro-batches
-    is a part of the result.
 
     Args:
         trainer: Of the run, or of a plan of it.
@@ -30,28 +26,34 @@ def settle_auto(trainer: pl.Trainer, module: Any, data: ChatDataModule | None, *
         data: Its data module, if it has one.
         training: False for evaluation by itself.
 
+    Returns:
+        The keys that were ``auto``.
+
     Raises:
         LabError: Nothing fits, or the free memory is not known.
 
     """
     settings = flatten({"model": module.hparams, "data": data.hparams if data else {}})
     asked = [key for key in KEYS if settings.get(key) == "auto"]
-    if not asked:
-        return
-    if data is None:
-        raise LabError("model.checkpointing: auto needs a ChatDataModule to choose for; name a mode")
-    chosen: Any = None
-    if training and trainer.ckpt_path:
-        chosen = read_checkpoint(Path(trainer.ckpt_path))[KEY]["chosen"]
-    elif trainer.is_global_zero:
-        chosen = _choose(trainer, module.hparams, data.hparams, asked, training)
-        print(f"auto: {', '.join(f'{key} {chosen[key]}' for key in asked)}", file=sys.stderr)
-    chosen = trainer.strategy.broadcast(chosen)
-    for key in asked:
+    if asked:
+        if data is None:
+            raise LabError("model.checkpointing: auto needs a ChatDataModule to choose for; name a mode")
+        chosen: Any = None
+        if trainer.is_global_zero:
+            chosen = _choose(trainer, module.hparams, data.hparams, asked, training)
+            print(f"auto: {', '.join(f'{key} {chosen[key]}' for key in asked)}", file=sys.stderr)
+        chosen = trainer.strategy.broadcast(chosen)
+        put(module, data, {key: chosen[key] for key in asked})
+    return asked
+
+
+def put(module: Any, data: ChatDataModule | None, values: Mapping[str, Any]) -> None:
+    """Put values, by config key, in module and data, where they are read, and in their ``hparams``, which are kept."""
+    for key, value in values.items():
         section, name = key.split(".")
         part: Any = module if section == "model" else data
-        part.hparams[name] = chosen[key]  # which checkpoints and config.yaml keep
-        setattr(part, name, chosen[key])
+        part.hparams[name] = value
+        setattr(part, name, value)
 
 
 def _choose(trainer: pl.Trainer, model: Any, data: Any, asked: list[str], training: bool) -> dict[str, Any]:

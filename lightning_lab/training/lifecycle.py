@@ -24,7 +24,7 @@ from lightning_lab.models.qlora import (
     load_adapter_state,
 )
 from lightning_lab.training import resume
-from lightning_lab.training.auto import settle_auto
+from lightning_lab.training.auto import put, settle_auto
 from lightning_lab.training.optim import LossScale
 from lightning_lab.training.refusals import refuse_on_device, refuse_trainer
 
@@ -59,6 +59,7 @@ class Lifecycle(pl.LightningModule):
         self.validation_pending = False
         self.loss_scale = LossScale()
         self._validated_step = 0
+        self._auto: list[str] = []  # keys that were `auto`
         self._resumed: Mapping[str, Any] = {}  # our own part of the checkpoint that `fit` continues from
 
     @property
@@ -97,7 +98,7 @@ class Lifecycle(pl.LightningModule):
         if training:  # a resumed run's position is loaded after this
             self.completed_steps = self._validated_step = 0
             self.validation_pending, self.loss_scale, self._resumed = False, LossScale(), {}
-        settle_auto(self.trainer, self, self.chat_data, training=training)
+        self._auto = settle_auto(self.trainer, self, self.chat_data, training=training)
 
     @override
     def configure_model(self) -> None:
@@ -186,11 +187,13 @@ class Lifecycle(pl.LightningModule):
 
         """
         self.configure_model()
+        state, data = resume.own_part(checkpoint), self.chat_data
         command = self._attached.state.fn if self._attached else None
-        data = self.chat_data
+        if command == "fit":  # whatever would fit now: with dropout the cut into micro-batches is a part of the result
+            put(self, data, {key: state["chosen"][key] for key in self._auto})
+            enable_checkpointing(self.peft_model, self.checkpointing)
         now = flatten({"model": self.hparams, "data": data.hparams if data else {}}) | self._facts
         resume.check_settings(checkpoint, now, self.base_weights, command)
-        state = checkpoint[resume.KEY]
         self.completed_steps = state["completed_steps"]
         if command == "fit":
             resume.check_data(state["data"], data)

@@ -64,7 +64,7 @@ def check_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any], weight
         LabError: Names each setting that differs.
 
     """
-    state = own_part(checkpoint)
+    state = checkpoint[KEY]
     before = flatten(
         {"model": checkpoint["hyper_parameters"], "data": checkpoint.get("datamodule_hyper_parameters", {})}
     )
