@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,22 @@ REPLACED: refusals.Replaced = {
     "barebones": ((None, False), "set trainer.logger to false and samples to 0"),
 }
 WITHOUT_TRAINER = ("plan", "preview", "sweep")  # they parse the same keys
-HELP = {
-    "val_every_steps": "Optimizer steps between validations; there is always one after the last step.",
-    "early_stopping": "Stop after this many validations in a row without a lower val_loss; null never stops early.",
-    "run_dir": "The run's directory; null for runs/<first config's name>.",
-}
+
+
+@dataclass
+class RunSettings:
+    """The run; its further keys are arguments of `run_directory`.
+
+    Args:
+        val_every_steps: Optimizer steps between validations; there is always one after the last step.
+        early_stopping: Stop after this many validations in a row without a lower val_loss; null never stops early.
+        run_dir: The run's directory; null for runs/<first config's name>.
+
+    """
+
+    val_every_steps: int = 250
+    early_stopping: int | None = None
+    run_dir: str | None = None
 
 
 class LabCLI(LightningCLI):
@@ -100,9 +112,7 @@ class LabCLI(LightningCLI):
         if self.command == "preview":
             parser.add_argument("--json", action="store_true", help="One JSON object a conversation.")
             parser.add_argument("--limit", type=NonNegativeInt, default=3, help="How many conversations to show.")
-        parser.add_argument("--val_every_steps", type=int, default=250, help=HELP["val_every_steps"])
-        parser.add_argument("--early_stopping", type=int | None, help=HELP["early_stopping"])
-        parser.add_argument("--run_dir", type=str | None, help=HELP["run_dir"])
+        parser.add_class_arguments(RunSettings)
         skip: set[str | int] = {"run_dir", "name", "config", "command", "predictions"}
         parser.add_function_arguments(run_directory, as_group=False, skip=skip)
         if self.command == "predict":

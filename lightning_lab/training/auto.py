@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -58,18 +59,20 @@ def put(module: Any, data: ChatDataModule | None, values: Mapping[str, Any]) -> 
 
 def _choose(trainer: pl.Trainer, model: Any, data: Any, asked: list[str], training: bool) -> dict[str, Any]:
     device = trainer.strategy.root_device
-    config = load_config(model.base, model.revision)
     available = memory.available_memory(device, trainer.num_devices)
-    sizes = {"max_length": data.max_length, "batch_size": data.batch_size}
+    choose = partial(
+        memory.choose,
+        load_config(model.base, model.revision),
+        model,
+        device,
+        available,
+        max_length=data.max_length,
+        batch_size=data.batch_size,
+    )
     mode, tokens = model.checkpointing, data.micro_batch_tokens
     if "auto" in (mode, tokens):
-        given = None if tokens == "auto" else tokens
-        mode, tokens = memory.choose(
-            config, model, device, available, **sizes, micro_batch_tokens=given, training=training
-        )
+        mode, tokens = choose(micro_batch_tokens=None if tokens == "auto" else tokens, training=training)
     chosen = {"model.checkpointing": mode, "data.micro_batch_tokens": tokens}
     if "data.eval_micro_batch_tokens" in asked:
-        chosen["data.eval_micro_batch_tokens"] = memory.choose(
-            config, model, device, available, **sizes, training=False
-        )[1]
+        chosen["data.eval_micro_batch_tokens"] = choose(training=False)[1]
     return chosen

@@ -273,6 +273,11 @@ class QLoRAModule(Lifecycle):
         self._step_began = time.perf_counter()
 
     @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._step_began = time.perf_counter()
+
+    @override
     def on_validation_end(self) -> None:
         self._step_began = time.perf_counter()
 

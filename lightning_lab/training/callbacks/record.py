@@ -140,17 +140,12 @@ class RunRecord(pl.Callback):
             write_losses(self.run_dir)
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release()
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release()  # Lightning calls no teardown then, and a notebook's next fit would find the run locked
-
-    def _release(self) -> None:
+    def teardown(self, *args: Any) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    on_exception = teardown  # type: ignore[assignment]  # else a notebook's next fit would find the run locked
 
 
 def write_losses(run_dir: Path) -> None:

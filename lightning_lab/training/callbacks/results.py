@@ -29,31 +29,24 @@ class Results(pl.Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
-        if trainer.state.fn == "validate":
-            self._write(trainer, pl_module, "validate")
-
-    @override
-    def on_test_end(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
-        self._write(trainer, pl_module, "test")
-
-    def _write(self, trainer: pl.Trainer, module: QLoRAModule, stage: str) -> None:
-        if not trainer.is_global_zero:
+        stage = str(trainer.state.fn)
+        if stage not in ("validate", "test") or not trainer.is_global_zero:
             return
-        found, data = module.evaluation, module.chat_data
-        split = data.split_for(stage) if data else {"validate": "validation", "test": "test"}[stage]
-        checkpoint = rundir.BASE if module.evaluate_base else str(trainer.ckpt_path or "the model as it was passed")
+        found, data = pl_module.evaluation, pl_module.chat_data
+        split = data.split_for(stage) if data else {"validate": "validation"}.get(stage, stage)
+        checkpoint = rundir.BASE if pl_module.evaluate_base else str(trainer.ckpt_path or "the model as it was passed")
         record = {
             **found.figures(split),
             "conversations": len(found.rows),
             "supervised_tokens": int(found.tokens.sum()),
             "dropped_conversations": len(data.splits[split].dropped) if data else 0,
             "checkpoint": checkpoint,
-            "step": 0 if module.evaluate_base else module.completed_steps,
+            "step": 0 if pl_module.evaluate_base else pl_module.completed_steps,
             "data_fingerprint": data.tokenized.fingerprint if data else None,
         }
         if data and (left_out := len(data.splits[split].rows) - len(found.rows)):
             record["left_out_by_a_limit"] = left_out
-        name = f"{split}-base" if module.evaluate_base else split
+        name = f"{split}-base" if pl_module.evaluate_base else split
         files.make_directory(self.run_dir)
         files.write_whole(self.run_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
         examples = zip(found.rows.tolist(), found.nll.tolist(), found.tokens.tolist(), strict=True)
@@ -63,6 +56,8 @@ class Results(pl.Callback):
             write_losses(self.run_dir)  # the base becomes its first row
         print(results_table(self.run_dir).markdown())
         print(f"written: {self.run_dir / name}.json, {name}_examples.csv", file=sys.stderr)
+
+    on_test_end = on_validation_end  # type: ignore[assignment]
 
 
 def results_table(run_dir: Path) -> Table:
