@@ -43,7 +43,7 @@ REPLACED: refusals.Replaced = {
     "check_val_every_n_epoch": ((None, 1), "set val_every_steps (optimizer steps)"),
     "fast_dev_run": ((None, False), "set trainer.max_steps to 1"),
     "use_distributed_sampler": ((None, True), "the data module shares out each step by itself"),
-    "enable_checkpointing": ((None, True), "set checkpoint_every_steps"),
+    "enable_checkpointing": ((None,), "set checkpoint_every_steps"),
     "barebones": ((None, False), "set trainer.logger to false and samples to 0"),
 }
 WITHOUT_TRAINER = ("plan", "preview", "sweep")  # they parse the same keys

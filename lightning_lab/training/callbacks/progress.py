@@ -66,7 +66,8 @@ class PlainProgress(ProgressBar):
             "test": trainer.test_loop,
             "predict": trainer.predict_loop,
         }
-        command = str(trainer.state.fn)
+        assert trainer.state.fn
+        command = trainer.state.fn.value
         if command in loops:
             self._line(f"{command}: {sum(loops[command].max_batches):.0f} batches")
 

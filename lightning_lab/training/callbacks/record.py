@@ -140,12 +140,12 @@ class RunRecord(pl.Callback):
             write_losses(self.run_dir)
 
     @override
-    def teardown(self, *args: Any) -> None:
+    def teardown(self, *args: Any, **options: Any) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
-    on_exception = teardown  # type: ignore[assignment]  # else a notebook's next fit would find the run locked
+    on_exception = teardown  # Lightning calls no teardown then: else a notebook's next fit would find the run locked
 
 
 def write_losses(run_dir: Path) -> None:

@@ -29,7 +29,8 @@ class Results(pl.Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
-        stage = str(trainer.state.fn)
+        assert trainer.state.fn
+        stage = trainer.state.fn.value
         if stage not in ("validate", "test") or not trainer.is_global_zero:
             return
         found, data = pl_module.evaluation, pl_module.chat_data
