@@ -72,41 +72,40 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout, sys.stderr = _Unbreakable(sys.stdout), _Unbreakable(sys.stderr)
     stop_listening = listen(lambda received, _: sys.exit(128 + received))
     try:
-        from lightning_lab.cli import run
-
-        _quieten()  # not earlier: the libraries set their own levels when they are imported
-        return _in_one_line(command, lambda: run(command, argv[1:]))
+        return _run(command, argv[1:])
     finally:
         sys.stdout, sys.stderr = streams
         stop_listening()
 
 
-def _in_one_line(command: str, function: Callable[[], int]) -> int:
+def _run(command: str, argv: list[str]) -> int:
     """Run a command; say in one line what the user can put right."""
     import torch
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from lightning_lab.cli import run
+
+    _quieten()  # not earlier: the libraries set their own levels when they are imported
     try:
-        return function()
+        return run(command, argv)
     except (LabError, ArgumentError, MisconfigurationException) as error:
-        message = str(LabError(str(error)))
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        where = "the GPU is" if isinstance(error, torch.OutOfMemoryError) else "this machine is"
-        message = f"{where} out of memory; {OUT_OF_MEMORY.get(command, 'free some, or use a smaller model.base')}"
-    except OSError as error:
-        if error.errno not in OF_THE_SYSTEM:
-            raise
-        message = str(LabError(f"{error.filename or 'a file'}: {error.strerror}"))
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):
-            message = f"this machine is out of memory; {OUT_OF_MEMORY.get(command, 'use a smaller model.base')}"
+        message = str(error)
+    except (MemoryError, OSError, RuntimeError) as error:
+        advice = OUT_OF_MEMORY.get(command, "free some, or use a smaller model.base")
+        if isinstance(error, torch.OutOfMemoryError):
+            message = f"the GPU is out of memory; {advice}"
+        elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            message = f"this machine is out of memory; {advice}"
+        elif isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+            message = f"{error.filename or 'a file'}: {error.strerror}"
         elif isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
             message = "lost another process of this run, whose own line says why"
         else:
             raise
     rank = os.environ.get("LOCAL_RANK", "0")
-    print(f"error: {message}" if rank == "0" else f"error: process {rank}: {message}", file=sys.stderr)
+    who = "" if rank == "0" else f"process {rank}: "
+    print(f"error: {who}{LabError(message)}", file=sys.stderr)
     return 2
 
 
@@ -117,21 +116,19 @@ class _Unbreakable:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
-            return self.stream.write(text)
-        self._give_up()
+        self._try(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError:
-            self._give_up()
+        self._try(self.stream.flush)
 
-    def _give_up(self) -> None:
-        """Send to nowhere what is still to come, also by code that writes to the descriptor itself."""
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+    def _try(self, function: Callable[..., Any], *args: str) -> None:
+        try:
+            function(*args)
+        except OSError:
+            # nowhere goes what is still to come, also that of code which writes to the descriptor itself
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -147,8 +144,6 @@ def _quieten() -> None:
         ".*does not have many workers.*",
         ".*LightningCLI's args parameter.*",
         ".*GPU available but not used.*",
-        ".*Checkpoint directory .* exists.*",
-        ".*smaller than the logging interval.*",
         ".*recommended to use `self.log.*sync_dist.*",  # what is logged has been added up over the processes already
         ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation needs no Checkpoints callback
         ".*isinstance\\(treespec, LeafSpec\\).*",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import ArgumentError
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,15 +19,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_lab.configs_lookup import DEFAULTS, config_of_run, configs_dir, find_config, resolve_configs
 from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.errors import LabError, check_ranges
-from lightning_lab.experiments.plan import choose_auto, plan_command, planned_device
+from lightning_lab.experiments.plan import plan_command
 from lightning_lab.experiments.points import SweepSettings
 from lightning_lab.files import check_sums
 from lightning_lab.rundir import CHECKPOINTS, RunPaths, resolve_run
-from lightning_lab.training import resume
+from lightning_lab.training import refusals, resume
+from lightning_lab.training.auto import settle_auto
 from lightning_lab.training.callbacks import progress, run_directory
 from lightning_lab.training.callbacks.record import Curves
 from lightning_lab.training.module import QLoRAModule
-from lightning_lab.training.refusals import refuse_trainer
 
 RANGES = {
     "seed_everything": (0, 2**32 - 1),
@@ -37,38 +37,31 @@ RANGES = {
     "samples": (0, 10_000),
     "sample_tokens": (1, 1_000_000),
 }
-# Trainer settings that this command line sets itself, and what to set instead.
-REPLACED = {
-    "val_check_interval": "set val_every_steps (optimizer steps)",
-    "check_val_every_n_epoch": "set val_every_steps (optimizer steps)",
-    "fast_dev_run": "set trainer.max_steps to 1",
-    "use_distributed_sampler": "the data module shares out each step by itself",
-    "enable_checkpointing": "set checkpoint_every_steps",
-    "barebones": "set trainer.logger to false and samples to 0",
+# Trainer settings that this command line sets itself: see `refusals.REPLACED`.
+REPLACED: refusals.Replaced = {
+    "val_check_interval": ((None,), "set val_every_steps (optimizer steps)"),
+    "check_val_every_n_epoch": ((None, 1), "set val_every_steps (optimizer steps)"),
+    "fast_dev_run": ((None, False), "set trainer.max_steps to 1"),
+    "use_distributed_sampler": ((None, True), "the data module shares out each step by itself"),
+    "enable_checkpointing": ((None,), "set checkpoint_every_steps"),
+    "barebones": ((None, False), "set trainer.logger to false and samples to 0"),
 }
 WITHOUT_TRAINER = ("plan", "preview", "sweep")  # they parse the same keys
 
 
 @dataclass
 class RunSettings:
-    """The run.
+    """The run; its further keys are arguments of `run_directory`.
 
     Args:
         val_every_steps: Optimizer steps between validations; there is always one after the last step.
-        checkpoint_every_steps: Write last.ckpt every this many optimizer steps; null for at least once a minute. It is
-            also written before the first step and around each validation.
         early_stopping: Stop after this many validations in a row without a lower val_loss; null never stops early.
-        samples: Validation prompts answered at each validation.
-        sample_tokens: Longest of these answers.
         run_dir: The run's directory; null for runs/<first config's name>.
 
     """
 
     val_every_steps: int = 250
-    checkpoint_every_steps: int | None = None
     early_stopping: int | None = None
-    samples: int = 3
-    sample_tokens: int = 64
     run_dir: str | None = None
 
 
@@ -87,7 +80,6 @@ class LabCLI(LightningCLI):
         self.name = name
         self.arguments = args
         self.paths: RunPaths
-        self.chosen: dict[str, Any] = {}  # what `auto` stood for in the run that is continued
         runs_trainer = command not in WITHOUT_TRAINER
         options: dict[str, Any] = {"default_config_files": [str(configs_dir() / DEFAULTS)], "exit_on_error": False}
         super().__init__(
@@ -119,8 +111,10 @@ class LabCLI(LightningCLI):
             parser.add_class_arguments(SweepSettings, "sweep")
         if self.command == "preview":
             parser.add_argument("--json", action="store_true", help="One JSON object a conversation.")
-            parser.add_argument("--limit", type=int, default=3, help="How many conversations to show.")
+            parser.add_argument("--limit", type=NonNegativeInt, default=3, help="How many conversations to show.")
         parser.add_class_arguments(RunSettings)
+        skip: set[str | int] = {"run_dir", "name", "config", "command", "predictions"}
+        parser.add_function_arguments(run_directory, as_group=False, skip=skip)
         if self.command == "predict":
             parser.add_argument("--output", type=str | None, help="File; null for one in the run directory.")
 
@@ -138,14 +132,11 @@ class LabCLI(LightningCLI):
         """Parse, and refuse numbers out of range before one of them seeds anything."""
         super().parse_arguments(parser, args)
         self.subcommand = self.config.get("subcommand")
-        check_ranges("", vars(self.settings), RANGES)
-        if self.command == "preview":
-            check_ranges("", vars(self.settings), {"limit": (0, 10**9)})
+        _refuse(self.settings)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what cannot be honoured; decide run directory and checkpoint."""
+        """Decide run directory and checkpoint."""
         settings = self.settings
-        refuse_trainer_settings(settings.trainer)
         if self.command in WITHOUT_TRAINER:
             return
         self.paths = resolve_run(self.command, self.name, settings.run_dir, settings.ckpt_path)
@@ -153,8 +144,9 @@ class LabCLI(LightningCLI):
             _say(f"run: {self.paths.run_dir}")
         if self.paths.checkpoint is not None:  # what is damaged is named before a model is loaded
             checkpoint = resume.read_checkpoint(self.paths.checkpoint)
-            if self.command == "fit":
-                self.chosen = checkpoint[resume.KEY]["chosen"]
+            for key, value in checkpoint[resume.KEY]["chosen"].items() if self.command == "fit" else ():
+                if settings[key] == "auto":  # nothing may fit now
+                    settings[key] = value
             if settings.ckpt_path == "best":
                 check_sums(self.paths.run_dir / CHECKPOINTS / "best")
             if settings.model.revision is None and checkpoint["hyper_parameters"]["base"] == settings.model.base:
@@ -187,12 +179,10 @@ class LabCLI(LightningCLI):
             config = self.parser.parse_args(arguments)
         except ArgumentError as error:
             raise LabError(str(error)) from None
-        check_ranges("", vars(config), RANGES)
-        refuse_trainer_settings(config.trainer)
+        _refuse(config)
         given = config.clone()
         given.trainer.logger, given.trainer.callbacks = False, None
-        given.trainer.accelerator = _accelerator(given.trainer.accelerator)
-        refuse_trainer(pl.Trainer(**vars(given.trainer)))
+        self._trainer(given.trainer)
         return config, self.parser.instantiate_classes(given).data
 
     def instantiate_classes(self) -> None:
@@ -202,16 +192,16 @@ class LabCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with a run directory; TensorBoard beside it unless another logger is set."""
-        settings = self.settings
+        settings, given = self.settings, self._get(self.config_init, "trainer")
         if self.command in WITHOUT_TRAINER:
-            return super().instantiate_trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-        given, run_dir = self._get(self.config_init, "trainer"), self.paths.run_dir
+            return self._trainer(given, logger=False, callbacks=None)
+        run_dir, predictions = self.paths.run_dir, None
         self.model.evaluate_base = self.command != "fit" and self.paths.checkpoint is None
-        for key, value in self.chosen.items():  # whatever would fit now
-            section, _, name = key.partition(".")
-            part: Any = self.model if section == "model" else self.datamodule
-            if getattr(part, name) == "auto":
-                setattr(part, name, value)
+        if self.command == "predict":
+            source = self.datamodule.predict_source
+            name = Path(source).stem if source else self.datamodule.split_for("predict")
+            base = "-base" if self.model.evaluate_base else ""
+            predictions = settings.output or run_dir / f"predictions-{name}{base}.jsonl"
         callbacks = given.callbacks or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         callbacks += run_directory(
@@ -222,7 +212,7 @@ class LabCLI(LightningCLI):
             name=self.name,
             config=yaml.safe_load(self.config_text()),
             command=["python", "-m", "lightning_lab", self.command, *self.arguments],
-            predictions=(settings.output or run_dir / self._predictions_name()) if self.command == "predict" else None,
+            predictions=predictions,
         )
         if settings.early_stopping:
             patience = settings.early_stopping
@@ -230,10 +220,11 @@ class LabCLI(LightningCLI):
         if given.enable_progress_bar is not False:
             callbacks.append(progress())
         default_logger = Curves(run_dir, name="", version="tensorboard") if self.command == "fit" else False
-        built = super().instantiate_trainer(
+        trainer = self._trainer(
+            given,
             callbacks=callbacks,
             logger=given.logger if given.logger not in (None, True) else default_logger,
-            accelerator=_accelerator(given.accelerator),
+            enable_checkpointing=True,
             val_check_interval=settings.val_every_steps,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=given.num_sanity_val_steps or 0,
@@ -243,15 +234,21 @@ class LabCLI(LightningCLI):
             log_every_n_steps=given.log_every_n_steps or 1,
             default_root_dir=str(run_dir),
         )
-        refuse_trainer(built)
-        if self.command == "predict" and built.world_size > 1:
+        if self.command == "predict" and trainer.world_size > 1:
             raise LabError("predict runs on one device: set trainer.devices to 1")
-        return built
+        return trainer
 
-    def _predictions_name(self) -> str:
-        base = "-base" if self.model.evaluate_base else ""
-        source = self.datamodule.predict_source
-        return f"predictions-{Path(source).stem if source else self.datamodule.split_for('predict')}{base}.jsonl"
+    def _trainer(self, given: Any, **settings: Any) -> pl.Trainer:
+        accelerator = given.accelerator
+        if accelerator == "auto":  # bitsandbytes and the paths here have been tried on nothing else
+            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        around = {"enable_checkpointing": False, "use_distributed_sampler": False, "accelerator": accelerator}
+        try:
+            trainer = pl.Trainer(**{**vars(given), **around, **settings})
+        except ValueError as error:  # Lightning's word for a name that it does not know
+            raise LabError(f"trainer: {error}") from None
+        refusals.refuse_trainer(trainer, training=self.command in ("fit", *WITHOUT_TRAINER))
+        return trainer
 
     def after_fit(self) -> None:
         """Say where the run is."""
@@ -259,37 +256,17 @@ class LabCLI(LightningCLI):
         _say(f"done: {self.paths.run_dir}/: {', '.join(n for n in names if (self.paths.run_dir / n).exists())}")
 
 
-def refuse_trainer_settings(trainer: Any) -> None:
-    """Refuse trainer settings that this command line sets itself, and a run without an end.
-
-    Raises:
-        LabError: Names the setting and what to set instead.
-
-    """
-    defaults = {name: parameter.default for name, parameter in inspect.signature(pl.Trainer).parameters.items()}
-    for key, instead in REPLACED.items():
-        if trainer[key] not in (None, defaults[key]):
-            raise LabError(f"trainer.{key} is not used here: {instead}")
-    for key, choices in (("strategy", ("auto", "ddp")), ("accelerator", ("auto", "cpu", "gpu", "cuda"))):
-        if trainer[key] not in choices:
-            raise LabError(f"trainer.{key} {trainer[key]!r} is not supported; use one of {', '.join(choices)}")
-    steps, epochs = trainer.max_steps, trainer.max_epochs
-    if steps < 0 and (epochs is None or epochs < 0):
-        raise LabError("the run has no end: set trainer.max_epochs or trainer.max_steps")
-    if steps == 0 or epochs == 0:
-        raise LabError("trainer.max_steps and trainer.max_epochs must be at least 1")
-
-
-def _accelerator(name: str) -> str:
-    """``auto`` is CUDA or the CPU: bitsandbytes and the paths here have been tried on nothing else."""
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def _refuse(settings: Any) -> None:
+    """Refuse a config's numbers out of range, and trainer settings that something else replaces."""
+    check_ranges("", vars(settings), RANGES)
+    refusals.refuse_replaced(settings.trainer, {**refusals.REPLACED, **REPLACED})
 
 
 def _preview(cli: LabCLI) -> None:
     from lightning_lab.data.preview import preview
 
     data, settings = cli.datamodule, cli.settings
-    choose_auto(cli.model, data, planned_device(settings.trainer.accelerator))
+    settle_auto(cli.trainer, cli.model, data, training=True)
     data.prepare(progress=not settings.json)
     preview(data, limit=settings.limit, as_json=settings.json)
 

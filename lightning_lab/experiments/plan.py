@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -18,7 +17,7 @@ from lightning_lab.models.base import load_config
 from lightning_lab.models.memory import MIB, peak_parts, trainable_parameters
 from lightning_lab.models.qlora import CHECKPOINTING
 from lightning_lab.rundir import METRICS, MetricsRow, newest_run, read_metrics
-from lightning_lab.training.auto import choose
+from lightning_lab.training.auto import settle_auto
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -30,46 +29,24 @@ def plan_command(cli: Any) -> None:
     """Print the plan of a command line.
 
     Args:
-        cli: Has the parsed ``settings``, their ``model`` and ``datamodule``, and the config's ``name``.
+        cli: Has the parsed ``settings``, their ``model``, ``datamodule`` and ``trainer``, and the config's ``name``.
 
     Raises:
         LabError: Something that `fit` would refuse before it loads a weight.
 
     """
     data, trainer, settings = cli.datamodule, cli.settings.trainer, cli.model.hparams
-    device = planned_device(trainer.accelerator)
-    choose_auto(cli.model, data, device)
+    settle_auto(cli.trainer, cli.model, data, training=True)
     data.prepare(progress=not cli.settings.json)
     earlier = newest_run(cli.name)
     planned = plan(
         load_config(settings.base, settings.revision),
         settings,
         work_of(data, trainer.max_epochs, trainer.max_steps),
-        device,
+        cli.trainer.strategy.root_device,
         read_metrics(earlier / METRICS)[0] if earlier else (),
     )
     print(json.dumps(planned, indent=2) if cli.settings.json else show(planned))
-
-
-def planned_device(accelerator: str) -> torch.device:
-    """The device that a run with this ``trainer.accelerator`` would take first."""
-    return torch.device("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
-
-
-def choose_auto(module: Any, data: ChatDataModule, device: torch.device) -> None:
-    """Put numbers in the place of ``auto`` where no trainer does: for one process on one device.
-
-    Raises:
-        LabError: Nothing fits.
-
-    """
-    settings = module.hparams
-    if "auto" in (settings.checkpointing, data.micro_batch_tokens, data.eval_micro_batch_tokens):
-        chosen = choose(settings, data.hparams, device, 1, training=True)
-        settings.checkpointing = chosen["model.checkpointing"]
-        data.micro_batch_tokens = chosen["data.micro_batch_tokens"]
-        data.eval_micro_batch_tokens = chosen["data.eval_micro_batch_tokens"]
-        print(f"auto: {', '.join(f'{key} {value}' for key, value in chosen.items())}", file=sys.stderr)
 
 
 def work_of(data: ChatDataModule, max_epochs: int | None, max_steps: int) -> dict[str, int]:

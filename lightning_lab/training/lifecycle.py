@@ -1,8 +1,7 @@
-"""How a module comes to life and is continued: `auto`, the base with its adapters, checkpoints, an exact resume."""
+"""How a module comes to life and is continued: the base with its adapters, checkpoints, an exact resume."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_lab.data.datamodule import ChatDataModule
-from lightning_lab.errors import LabError
+from lightning_lab.files import flatten
 from lightning_lab.hub import model_folder, revision_of, weights_fingerprint
 from lightning_lab.models.attention import has_varlen_kernel, register_document_attention
 from lightning_lab.models.base import load_base, resolve_compute_dtype
@@ -25,7 +24,7 @@ from lightning_lab.models.qlora import (
     load_adapter_state,
 )
 from lightning_lab.training import resume
-from lightning_lab.training.auto import choose
+from lightning_lab.training.auto import put, settle_auto
 from lightning_lab.training.optim import LossScale
 from lightning_lab.training.refusals import refuse_on_device, refuse_trainer
 
@@ -49,7 +48,6 @@ class Lifecycle(pl.LightningModule):
     checkpointing: str
     compute_dtype: torch.dtype
     varlen: bool
-    base_revision: str | None
     base_weights: str
 
     def __init__(self) -> None:
@@ -61,6 +59,7 @@ class Lifecycle(pl.LightningModule):
         self.validation_pending = False
         self.loss_scale = LossScale()
         self._validated_step = 0
+        self._auto: list[str] = []  # keys that were `auto`
         self._resumed: Mapping[str, Any] = {}  # our own part of the checkpoint that `fit` continues from
 
     @property
@@ -68,76 +67,56 @@ class Lifecycle(pl.LightningModule):
         """The constructor's arguments by name, as Lightning keeps them in ``hparams``."""
         return self.hparams
 
+    @property
+    def chat_data(self) -> ChatDataModule | None:
+        """The trainer's data module; None for loaders of another kind."""
+        data = getattr(self._attached, "datamodule", None)
+        return data if isinstance(data, ChatDataModule) else None
+
+    @property
+    def _attached(self) -> pl.Trainer | None:
+        try:
+            return self.trainer
+        except RuntimeError:  # the module stands alone, as after load_from_checkpoint
+            return None
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What is in use where `auto` may stand, by config key."""
+        budgets = ("micro_batch_tokens", "eval_micro_batch_tokens")
+        return {
+            "model.checkpointing": self.checkpointing,
+            **{f"data.{key}": getattr(self.chat_data, key, None) for key in budgets},
+        }
+
     # -- building ------------------------------------------------------------------------------------------------
 
     @override
     def setup(self, stage: str) -> None:
-        refuse_trainer(self.trainer)
-        if stage == "fit":  # a resumed run's position is loaded after this
-            if self.trainer.limit_train_batches == 0:
-                raise LabError("trainer.limit_train_batches is 0, which leaves nothing to train on")
+        training = stage == "fit"
+        refuse_trainer(self.trainer, training=training)
+        if training:  # a resumed run's position is loaded after this
             self.completed_steps = self._validated_step = 0
             self.validation_pending, self.loss_scale, self._resumed = False, LossScale(), {}
-        self._choose_auto(training=stage == "fit")
-
-    def _choose_auto(self, training: bool) -> None:
-        """Put numbers in the place of ``auto``, before any weight is loaded; rank 0 chooses for all.
-
-        A continued run takes over what its checkpoint says, since with dropout the cut into micro-batches is a part of
-        the result.
-        """
-        data = self._chat_data
-        asked = ["model.checkpointing"] * (self.checkpointing == "auto")
-        budgets = ("micro_batch_tokens", "eval_micro_batch_tokens")
-        asked += [f"data.{key}" for key in budgets if data and getattr(data, key) == "auto"]
-        if not asked:
-            return
-        if data is None:
-            raise LabError("model.checkpointing: auto needs a ChatDataModule to choose for; name a mode")
-        chosen: dict[str, Any] | None = None
-        if self.trainer.is_global_zero:
-            device, processes = self.trainer.strategy.root_device, self.trainer.num_devices
-            chosen = choose(self.hparams, data.hparams, device, processes, training=training)
-            print(f"auto: {', '.join(f'{key} {chosen[key]}' for key in asked)}", file=sys.stderr)
-        chosen = self.trainer.strategy.broadcast(chosen)
-        assert chosen is not None
-        self._take_choice(chosen)
-
-    def _is_auto(self, key: str) -> bool:
-        section, _, name = key.partition(".")
-        settings = self.hparams if section == "model" else getattr(self._chat_data, "hparams", {})
-        return settings.get(name) == "auto"
-
-    def _take_choice(self, chosen: Mapping[str, Any]) -> None:
-        self.checkpointing = chosen["model.checkpointing"]
-        if data := self._chat_data:
-            data.micro_batch_tokens = chosen["data.micro_batch_tokens"]
-            data.eval_micro_batch_tokens = chosen["data.eval_micro_batch_tokens"]
-
-    @property
-    def chosen(self) -> dict[str, Any]:
-        """What `auto` stands for in this run, by config key; also what was never `auto`."""
-        data = self._chat_data
-        return {
-            "model.checkpointing": self.checkpointing,
-            "data.micro_batch_tokens": data.micro_batch_tokens if data else None,
-            "data.eval_micro_batch_tokens": data.eval_micro_batch_tokens if data else None,
-        }
+        self._auto = settle_auto(self.trainer, self, self.chat_data, training=training)
 
     @override
     def configure_model(self) -> None:
         """Load the quantised base and add the adapters; does nothing the second time."""
         if self.model is not None:
             return
-        settings, device = self.settings, self._root_device
+        settings = self.settings
+        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        if self._attached:
+            device = self._attached.strategy.root_device
         self.compute_dtype = resolve_compute_dtype(settings.compute_dtype, device)
         self.varlen = has_varlen_kernel(device, self.compute_dtype)
         refuse_on_device(settings, self.checkpointing, device, self.varlen)
         folder = model_folder(settings.base, weights=True, revision=settings.revision)
-        self.base_revision, self.base_weights = revision_of(folder), weights_fingerprint(folder)
+        settings.revision, self.base_weights = revision_of(folder), weights_fingerprint(folder)
         base = load_base(
             settings.base,
-            revision=self.base_revision,
+            revision=settings.revision,
             bits=settings.bits,
             compute_dtype=self.compute_dtype,
             device=device,
@@ -164,30 +143,6 @@ class Lifecycle(pl.LightningModule):
         assert self.model is not None, "configure_model has not run"
         return self.model
 
-    @property
-    def _chat_data(self) -> ChatDataModule | None:
-        data = getattr(self._attached, "datamodule", None)
-        return data if isinstance(data, ChatDataModule) else None
-
-    @property
-    def _source(self) -> str:
-        data = self._chat_data
-        return data.source if data else "the loader"
-
-    @property
-    def _attached(self) -> pl.Trainer | None:
-        try:
-            return self.trainer
-        except RuntimeError:  # the module stands alone, as after load_from_checkpoint
-            return None
-
-    @property
-    def _root_device(self) -> torch.device:
-        """Where the base goes: the trainer's device; without one the first GPU, if there is any."""
-        if self._attached:
-            return self._attached.strategy.root_device
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-
     def trainable(self) -> list[Tensor]:
         """The adapters' weights, in a fixed order."""
         return [parameter for parameter in self.peft_model.parameters() if parameter.requires_grad]
@@ -212,14 +167,14 @@ class Lifecycle(pl.LightningModule):
             "version": resume.VERSION,
             "completed_steps": self.completed_steps,
             "total_steps": self.total_steps,
-            "steps_per_epoch": float(self.trainer.num_training_batches),
+            "steps_per_epoch": self.trainer.num_training_batches,
             "validation_pending": self.validation_due and self._validated_step != self.completed_steps,
             "loss_scale": vars(self.loss_scale).copy(),
             "chosen": self.chosen,
             "weights": self.base_weights,
-            "revision": self.base_revision,
-            "facts": self._facts(),
-            "data": resume.data_identity(self._chat_data),
+            "revision": self.settings.revision,
+            "facts": self._facts,
+            "data": resume.data_identity(self.chat_data),
             "rng": resume.rng_states(self),
         }
 
@@ -232,28 +187,27 @@ class Lifecycle(pl.LightningModule):
 
         """
         self.configure_model()
-        resume.check_adapter(checkpoint, self.hparams, self.base_weights)
-        state, data = checkpoint[resume.KEY], self._chat_data
-        self.completed_steps = state["completed_steps"]
+        state, data = resume.own_part(checkpoint), self.chat_data
         command = self._attached.state.fn if self._attached else None
-        if command in ("validate", "test") and data is not None:
-            resume.check_split(checkpoint.get("datamodule_hyper_parameters", {}), data.hparams)
-        if command != "fit":
-            return
-        resume.check_run(checkpoint, self.hparams, data, self._facts())
-        resume.check_processes(state["rng"], self.trainer.world_size, self.settings.dropout)
-        self._take_choice(self.chosen | {k: v for k, v in state["chosen"].items() if self._is_auto(k)})
-        enable_checkpointing(self.peft_model, self.checkpointing)
-        self.loss_scale = LossScale(**state["loss_scale"])
-        self.validation_pending, self._resumed = state["validation_pending"], state
+        if command == "fit":  # whatever would fit now: with dropout the cut into micro-batches is a part of the result
+            put(self, data, {key: state["chosen"][key] for key in self._auto})
+            enable_checkpointing(self.peft_model, self.checkpointing)
+        now = flatten({"model": self.hparams, "data": data.hparams if data else {}}) | self._facts
+        resume.check_settings(checkpoint, now, self.base_weights, command)
+        self.completed_steps = state["completed_steps"]
+        if command == "fit":
+            resume.check_data(state["data"], data)
+            vars(self.loss_scale).update(state["loss_scale"])
+            self.validation_pending, self._resumed = state["validation_pending"], state
 
+    @property
     def _facts(self) -> dict[str, Any]:
         """What a continued run must agree with besides the settings, by its name in messages."""
-        data = self._chat_data
         return {
             "model.compute_dtype": str(self.compute_dtype).removeprefix("torch."),
             "seed_everything": self.settings.seed,
-            "the order's seed (data.seed)": data.seed if data else None,
+            "the order's seed (data.seed)": self.chat_data.seed if self.chat_data else None,
+            resume.PROCESSES: self._attached.world_size if self._attached else 1,
         }
 
     @property

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_linear_schedule_with_warmup
 from typing_extensions import override
 
 from lightning_lab.data.batching import MicroBatch, PromptBatch, StepBatch
@@ -26,8 +27,7 @@ from lightning_lab.models.qlora import DEFAULT_TARGETS, evaluation_mode
 from lightning_lab.training import resume
 from lightning_lab.training.evaluation import Evaluation, EvaluationSums
 from lightning_lab.training.lifecycle import Lifecycle
-from lightning_lab.training.optim import adamw, linear_schedule
-from lightning_lab.training.refusals import RANGES, refuse_combinations
+from lightning_lab.training.refusals import NO_END, RANGES, refuse_combinations
 
 OVERFLOW_LIMIT = 10
 
@@ -105,7 +105,7 @@ class QLoRAModule(Lifecycle):
         refuse_combinations(self.hparams)
         self.automatic_optimization = False
         self.checkpointing: str = checkpointing  # what `auto` stands for, once it is chosen
-        self.evaluation: Evaluation | None = None  # of the last evaluation that ended
+        self.evaluation: Evaluation  # of the last evaluation that ended
         self._sums = EvaluationSums()
         self._gradient_factor = 1.0
         self._step_began = 0.0
@@ -115,16 +115,21 @@ class QLoRAModule(Lifecycle):
     @override
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """AdamW over the adapters, and a linear schedule with warm-up over the run's steps."""
-        self.trainer.fit_loop.setup_data()  # without it some limits leave the length of an epoch unknown
-        steps = self.trainer.estimated_stepping_batches
+        trainer, settings = self.trainer, self.settings
+        trainer.fit_loop.setup_data()  # without it some limits leave the length of an epoch unknown
+        steps = trainer.estimated_stepping_batches
         if math.isinf(steps):
-            raise LabError("the run has no end: set trainer.max_epochs or trainer.max_steps")
-        self.total_steps = total = int(steps)
-        resume.check_steps(self._resumed, total, self.trainer.num_training_batches)
+            raise LabError(NO_END)
+        self.total_steps = int(steps)
+        resume.check_lengths(self._resumed, total_steps=self.total_steps, steps_per_epoch=trainer.num_training_batches)
+        kind: Any = torch.optim.AdamW
+        if settings.optimizer == "adamw_8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            kind = AdamW8bit
         keys = ("lr", "betas", "eps", "weight_decay")
-        optimizer = adamw(self.trainable(), self.settings.optimizer, **{key: self.hparams[key] for key in keys})
-        warmup = self.settings.warmup_steps
-        return [optimizer], [LambdaLR(optimizer, lambda step: linear_schedule(step, warmup, total))]
+        optimizer = kind(self.trainable(), **{key: settings[key] for key in keys})
+        return [optimizer], [get_linear_schedule_with_warmup(optimizer, settings.warmup_steps, self.total_steps)]
 
     @override
     def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, float]:
@@ -166,7 +171,8 @@ class QLoRAModule(Lifecycle):
     def _backward(self, batch: StepBatch, gradient_scale: float) -> Tensor:
         """Run this process's micro-batches forward and backward; return their summed NLL, a scalar on the device."""
         total = torch.zeros((), device=self.device)
-        with self._no_gradient_sync():
+        model = self.trainer.strategy.model
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
             for micro_batch in batch.micro_batches:
                 hidden = self.last_hidden_state(micro_batch)[micro_batch.predicting]
                 nll = supervised_nll_sum(
@@ -190,12 +196,6 @@ class QLoRAModule(Lifecycle):
     def head(self) -> Tensor:
         """The language-model head's weight, ``[vocabulary, hidden_size]``."""
         return self.peft_model.get_base_model().lm_head.weight
-
-    @contextmanager
-    def _no_gradient_sync(self) -> Iterator[None]:
-        model = self.trainer.strategy.model
-        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
-            yield
 
     def _sum_over_processes(self, nll: Tensor) -> tuple[float, float]:
         """Add up loss and gradients over the processes, in one message; a process without documents adds 0.
@@ -221,8 +221,9 @@ class QLoRAModule(Lifecycle):
         step = self.completed_steps + 1
         if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not half):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
+            source = self.chat_data.source if self.chat_data else "the loader"
             raise LabError(
-                f"step {step}: {what} on rows {', '.join(map(str, batch.rows))} of {self._source}; stopped before "
+                f"step {step}: {what} on rows {', '.join(map(str, batch.rows))} of {source}; stopped before "
                 "any weight was changed; look at these rows with `preview`, or lower model.lr"
             )
         if math.isfinite(grad_norm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,35 +26,55 @@ RANGES = {
     "temperature": (0.0, 1e3),
     "seed": (0, 2**32 - 1),
 }
-# Trainer settings that something here replaces, and what to set instead.
-REPLACED = {
-    "precision": "model.compute_dtype alone decides the precision",
-    "accumulate_grad_batches": "a batch is one optimizer step: set data.batch_size (and data.micro_batch_tokens)",
-    "gradient_clip_val": "set model.max_grad_norm",
-    "min_epochs": "set trainer.max_epochs or early_stopping",
-    "min_steps": "set trainer.max_steps or early_stopping",
-    "overfit_batches": "set data.rows, or trainer.limit_train_batches",
+NO_END = "the run has no end: set trainer.max_epochs or trainer.max_steps"
+
+Replaced = Mapping[str, tuple[tuple[Any, ...], str]]
+# Trainer settings that something here replaces: the values that change nothing, and what to set instead.
+REPLACED: Replaced = {
+    "precision": ((None, "32-true"), "model.compute_dtype alone decides the precision"),
+    "accumulate_grad_batches": (
+        (None, 1),
+        "a batch is one optimizer step: set data.batch_size (and data.micro_batch_tokens)",
+    ),
+    "gradient_clip_val": ((None, 0), "set model.max_grad_norm"),
+    "min_epochs": ((None, 0, 1), "set trainer.max_epochs or early_stopping"),
+    "min_steps": ((None, 0), "set trainer.max_steps or early_stopping"),
+    "overfit_batches": ((None, 0), "set data.rows, or trainer.limit_train_batches"),
 }
 
 
-def refuse_trainer(trainer: pl.Trainer) -> None:
-    """Refuse a trainer whose settings would be ignored or would break a definition.
+def refuse_replaced(settings: Any, replaced: Replaced) -> None:
+    """Refuse settings of a trainer, or a trainer that has them, where something else replaces them.
 
     Raises:
         LabError: Names the setting and what to set instead.
 
     """
-    found = {
-        "precision": trainer.precision not in ("32-true", "32"),
-        "accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
-        "gradient_clip_val": bool(trainer.gradient_clip_val),
-        "min_epochs": bool(trainer.min_epochs and trainer.min_epochs > 1),
-        "min_steps": bool(trainer.min_steps),
-        "overfit_batches": bool(getattr(trainer, "overfit_batches", 0)),
-    }
-    for key, refused in found.items():
-        if refused:
-            raise LabError(f"trainer.{key} is not used here: {REPLACED[key]}")
+    for key, (neutral, instead) in replaced.items():
+        if getattr(settings, key, None) not in neutral:
+            raise LabError(f"trainer.{key} is not used here: {instead}")
+
+
+def refuse_trainer(trainer: pl.Trainer, *, training: bool = True) -> None:
+    """Refuse a trainer whose settings would be ignored or would break a definition.
+
+    Args:
+        trainer: The trainer.
+        training: Whether it is to train.
+
+    Raises:
+        LabError: Names the setting and what to set instead.
+
+    """
+    refuse_replaced(trainer, REPLACED)
+    if training:
+        steps, epochs = trainer.max_steps, trainer.max_epochs
+        if steps == -1 and epochs in (None, -1):
+            raise LabError(NO_END)
+        if steps == 0 or epochs == 0:
+            raise LabError("trainer.max_steps and trainer.max_epochs must be at least 1")
+        if trainer.limit_train_batches == 0:
+            raise LabError("trainer.limit_train_batches is 0, which leaves nothing to train on")
     if trainer.world_size > 1 and getattr(trainer._accelerator_connector, "use_distributed_sampler", False):
         raise LabError(
             "several processes need Trainer(use_distributed_sampler=False): the data module shares out each step itself"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,118 +17,121 @@ from typing_extensions import override
 from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.data.tokenized import changed_rows
 from lightning_lab.errors import LabError
-from lightning_lab.files import write_whole
+from lightning_lab.files import flatten, write_whole
 
 VERSION = 2  # of the checkpoint's own part; raised when a reader must know
 KEY = "lightning_lab"
 
 # What an adapter's values mean something under; its shapes alone would not tell another alpha.
-ADAPTER = ("r", "alpha", "rslora", "dora", "target_modules")
+ADAPTER = {"model.r", "model.alpha", "model.rslora", "model.dora", "model.target_modules"}
 # What decides which rows are held out.
-SPLIT = ("rows", "split", "split_seed")
-# What is not compared by itself when a run is continued: where things lie, memory, and what training does not read.
-# The base is compared by its weights; the seed and the dtype that ``compute_dtype`` came to are among the facts.
-FREE_MODEL = {
-    "base",
-    "revision",
-    "seed",
-    "compute_dtype",
-    "checkpointing",
-    "cache_dequantised",
-    "max_new_tokens",
-    "temperature",
+SPLIT = {"data.rows", "data.split", "data.split_seed"}
+PROCESSES = "the number of processes (trainer.devices)"
+# What matters to a continued run with dropout alone, which is drawn micro-batch by micro-batch in each process.
+DRAWN = {"data.micro_batch_tokens", PROCESSES}
+# What does not matter to a continued run: where things lie, memory, and what training does not read. The base is
+# compared by its weights, the data by their fingerprint.
+FREE = {
+    "model.base",
+    "model.revision",
+    "model.seed",
+    "model.checkpointing",
+    "model.cache_dequantised",
+    "model.max_new_tokens",
+    "model.temperature",
+    "data.source",
+    "data.revision",
+    "data.tokenizer",
+    "data.tokenizer_revision",
+    "data.eval_split",
+    "data.predict_source",
+    "data.num_workers",
+    "data.on_bad_row",
+    "data.eval_micro_batch_tokens",
 }
-FREE_DATA = {"source", "revision", "tokenizer", "tokenizer_revision", "eval_split", "predict_source", "num_workers"}
-FREE_DATA |= {"on_bad_row", "eval_micro_batch_tokens"}
 
 
-def check_adapter(checkpoint: Mapping[str, Any], hparams: Mapping[str, Any], weights: str) -> None:
-    """See that a checkpoint's adapter is used as it was trained.
+def check_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any], weights: str, command: str | None) -> None:
+    """See that an adapter is used as it was trained, rows that were trained on are not evaluated, and a run goes on.
 
     Args:
         checkpoint: As Lightning saves it.
-        hparams: The module's now.
+        now: Settings of module and data by config key, and further facts by their names, as the module saves them.
         weights: Fingerprint of the base's weights now.
+        command: ``fit``, ``validate``, ``test`` or ``predict``; None for a module by itself.
 
     Raises:
         LabError: Names each setting that differs.
 
     """
-    if not isinstance(checkpoint.get(KEY), dict):
-        raise LabError("the checkpoint is not a checkpoint of this program")
-    saved = checkpoint["hyper_parameters"]
-    different = _differences("model", saved, hparams, ADAPTER)
-    if checkpoint[KEY]["weights"] != weights:
-        there = f"is {hparams['base']}, was {saved['base']}" if hparams["base"] != saved["base"] else hparams["base"]
+    state = checkpoint[KEY]
+    before = flatten(
+        {"model": checkpoint["hyper_parameters"], "data": checkpoint.get("datamodule_hyper_parameters", {})}
+    )
+    before |= {**state["chosen"], **state["facts"], PROCESSES: len(state["rng"])}
+    keys = ADAPTER
+    if command == "fit":
+        keys = before.keys() - FREE - (set() if now["model.dropout"] else DRAWN)
+    elif command in ("validate", "test") and before.get("data.source") == now.get("data.source"):
+        keys = ADAPTER | SPLIT
+    different = differences(before, now, keys)
+    if state["weights"] != weights:
+        was, is_ = before["model.base"], now["model.base"]
+        there = is_ if is_ == was else f"is {is_}, was {was}"
         different.append(f"model.base {there}: the weights are not those it was trained on")
-    _refuse(different)
+    refuse(different)
 
 
-def check_split(saved: Mapping[str, Any], hparams: Mapping[str, Any]) -> None:
-    """See that a split is the one that was held out, where the source is the same; else trained rows may be in it.
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], keys: Collection[str]) -> list[str]:
+    """Name what differs among ``keys`` that both sides have, with both values; lists and tuples are the same."""
 
-    Raises:
-        LabError: Names each setting that differs.
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
 
-    """
-    if saved.get("source") == hparams["source"]:
-        _refuse(_differences("data", saved, hparams, SPLIT))
+    both = sorted(before.keys() & now.keys() & set(keys))
+    return [f"{key} is {now[key]}, was {before[key]}" for key in both if plain(before[key]) != plain(now[key])]
 
 
-def check_run(
-    checkpoint: Mapping[str, Any], hparams: Mapping[str, Any], data: ChatDataModule | None, now: Mapping[str, Any]
-) -> None:
-    """See that a run is continued under the settings it was begun with.
-
-    Args:
-        checkpoint: As Lightning saves it.
-        hparams: The module's now.
-        data: The data module; None for loaders of another kind.
-        now: Further facts by their name in messages, as `QLoRAModule` saves them under ``facts``.
+def refuse(different: Sequence[str]) -> None:
+    """Refuse a checkpoint for what differs.
 
     Raises:
-        LabError: Names each setting that differs.
+        LabError: Something does.
 
     """
-    saved = checkpoint["hyper_parameters"]
-    different = _differences("model", saved, hparams, sorted(saved.keys() - FREE_MODEL))
-    if data is not None and (before := checkpoint.get("datamodule_hyper_parameters")):
-        free = FREE_DATA if hparams["dropout"] else FREE_DATA | {"micro_batch_tokens"}  # dropout is drawn by the cut
-        different += _differences("data", before, data.hparams, sorted(before.keys() - free))
-    facts = checkpoint[KEY]["facts"]
-    different += [f"{name} is {now[name]}, was {facts[name]}" for name in facts if facts[name] != now.get(name)]
-    _refuse(different)
-    known = checkpoint[KEY]["data"]
-    if data is not None and known and known["fingerprint"] != data.tokenized.fingerprint:
-        changes = changed_rows(known["row_hashes"].tolist(), data.tokenized.row_hashes.tolist())
-        raise LabError(f"the data is not what the run was trained on: {data.hparams['source']}: {changes}")
+    if different:
+        raise LabError(f"the checkpoint was made under other settings: {'; '.join(different)}; set them as they were")
 
 
-def check_steps(resumed: Mapping[str, Any], total: int, per_epoch: float) -> None:
+def check_lengths(resumed: Mapping[str, Any], **now: float) -> None:
     """See that a continued run and its epochs are as long as they were to be: schedule and order depend on that.
 
-    Raises:
-        LabError: It is not.
-
-    """
-    if resumed and resumed["total_steps"] != total:
-        _refuse([f"optimizer steps in all are {total}, were {resumed['total_steps']}"])
-    if resumed and resumed["steps_per_epoch"] != per_epoch:
-        _refuse([f"optimizer steps of an epoch are {per_epoch:g}, were {resumed['steps_per_epoch']:g}"])
-
-
-def check_processes(rng: Sequence[Any], world_size: int, dropout: float) -> None:
-    """See that a run with dropout, which each process draws for itself, is continued on as many processes.
+    Args:
+        resumed: This program's part of the checkpoint; empty for a new run.
+        now: ``total_steps`` and ``steps_per_epoch``.
 
     Raises:
-        LabError: It is not.
+        LabError: Names what differs.
 
     """
-    if dropout and len(rng) != world_size:
-        raise LabError(
-            f"the checkpoint is of {len(rng)} processes, this run has {world_size}; with model.dropout a run continues "
-            "exactly only on as many: set trainer.devices as it was"
-        )
+    words = {"total_steps": "optimizer steps in all", "steps_per_epoch": "optimizer steps of an epoch"}
+    refuse([f"{words[k]} are {v:.0f}, were {resumed[k]:.0f}" for k, v in now.items() if resumed and v != resumed[k]])
+
+
+def check_data(known: Mapping[str, Any] | None, data: ChatDataModule | None) -> None:
+    """See that a run is continued on the data it was begun with.
+
+    Args:
+        known: What the checkpoint's run knew its data by; see `data_identity`.
+        data: The data module; None for loaders of another kind, of which nothing is known.
+
+    Raises:
+        LabError: Names the rows that have changed.
+
+    """
+    if data and known and known["fingerprint"] != data.tokenized.fingerprint:
+        changes = changed_rows(known["row_hashes"].tolist(), data.tokenized.row_hashes.tolist())
+        raise LabError(f"the data is not what the run was trained on: {data.hparams['source']}: {changes}")
 
 
 def data_identity(data: ChatDataModule | None) -> dict[str, Any] | None:
@@ -139,24 +142,6 @@ def data_identity(data: ChatDataModule | None) -> dict[str, Any] | None:
         "fingerprint": data.tokenized.fingerprint,
         "row_hashes": torch.from_numpy(data.tokenized.row_hashes.astype("int64")),
     }
-
-
-def _differences(section: str, saved: Mapping[str, Any], now: Mapping[str, Any], keys: Any) -> list[str]:
-    def plain(value: Any) -> Any:
-        return (
-            [float(v) if isinstance(v, int | float) else v for v in value] if isinstance(value, list | tuple) else value
-        )
-
-    return [
-        f"{section}.{key} is {now.get(key)}, was {saved[key]}"
-        for key in keys
-        if key in saved and plain(saved[key]) != plain(now.get(key))
-    ]
-
-
-def _refuse(different: list[str]) -> None:
-    if different:
-        raise LabError(f"the checkpoint was made under other settings: {'; '.join(different)}; set them as they were")
 
 
 def rng_states(module: pl.LightningModule) -> list[dict[str, Any]]:
@@ -223,8 +208,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
-        raise LabError(f"{path}: no such checkpoint") from None
     except OSError as error:
         raise LabError(f"{path}: cannot be read ({error.strerror})") from None
     comment = content[-_LENGTH:]
@@ -235,13 +218,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a corrupt file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise LabError(f"{path}: cannot be read as a checkpoint ({reason[:120]}); use another one") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
-        raise LabError(f"{path}: is not a checkpoint of this program")
-    if checkpoint[KEY].get("version") != VERSION:
-        raise LabError(
-            f"{path}: was saved by another version of this program (format {checkpoint[KEY].get('version')}, this one "
-            f"reads {VERSION}); evaluate it with the version that wrote it"
-        )
+    own_part(checkpoint, path)
     return checkpoint
+
+
+def own_part(checkpoint: Any, name: object = "the checkpoint") -> dict[str, Any]:
+    """What this program put in a checkpoint.
+
+    Raises:
+        LabError: Nothing, or another version of it.
+
+    """
+    state = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise LabError(f"{name}: is not a checkpoint of this program")
+    if state.get("version") != VERSION:
+        raise LabError(
+            f"{name}: was saved by another version of this program (format {state.get('version')}, this one reads "
+            f"{VERSION}); evaluate it with the version that wrote it"
+        )
+    return state

@@ -103,7 +103,7 @@ def test_nothing_left_to_learn(tiny_args: list[str], capsys: pytest.CaptureFixtu
         (["--trainer.val_check_interval=10"], "val_every_steps"),
         (["--trainer.strategy=fsdp"], "fsdp"),
         (["--trainer.accelerator=cuda"], "cuda"),
-        (["--trainer.accelerator=foo"], "trainer.accelerator"),
+        (["--trainer.accelerator=foo"], "accelerator='foo'"),
         (["--ckpt_path=base"], "base"),
         (["--ckpt_path=last"], "embedded"),
         (["--ckpt_path=missing.ckpt"], "missing.ckpt"),

@@ -54,4 +54,4 @@ def test_two_processes_continue_exactly(tiny_args: list[str], tmp_path: Path) ->
     )
     error = alone.communicate(timeout=120)[1]
     assert alone.returncode == 2
-    assert error.startswith("error: the checkpoint is of 2 processes, this run has 1")
+    assert "the number of processes (trainer.devices) is 1, was 2" in error

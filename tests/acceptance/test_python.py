@@ -342,7 +342,11 @@ class Breaks(pl.Callback):
 def test_plain_progress_alone(module: Any, data: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(progress(), PlainProgress)  # the tests' stderr is no terminal
     t = trainer(max_steps=2, num_sanity_val_steps=1, callbacks=[PlainProgress()], enable_progress_bar=True)
-    t.fit(module(), data())
+    m, d = module(), data()
+    t.fit(m, d)
+    t.validate(m, d, verbose=False)
+    t.test(m, d, verbose=False)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("step ")] == ["1/2", "2/2"]
     assert [line.split(":")[0] for line in lines if line.startswith("validation")] == ["validation at step 2"]
+    assert [line for line in lines if line.endswith(" batches")] == ["validate: 2 batches", "test: 2 batches"]

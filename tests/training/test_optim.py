@@ -1,26 +1,10 @@
-"""The schedule and the loss scale, against transformers' and torch's own."""
+"""The loss scale against torch's own."""
 
 import inspect
 
-import pytest
 import torch
 
-from lightning_lab.training.optim import LossScale, linear_schedule
-
-
-class TestSchedule:
-    @pytest.mark.parametrize(("total", "warmup"), [(1500, 5), (6, 5), (5, 5), (3, 5), (1, 5), (1, 0), (10, 0), (7, 1)])
-    def test_transformers_has_the_same(self, total: int, warmup: int) -> None:
-        from transformers import get_linear_schedule_with_warmup
-
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        factor = get_linear_schedule_with_warmup(optimizer, warmup, total).lr_lambdas[0]
-        for step in [*range(min(total, 20)), total - 1, total, total + 3]:
-            assert linear_schedule(step, warmup, total) == factor(step)
-
-    def test_by_hand(self) -> None:
-        assert [linear_schedule(step, 2, 6) for step in range(8)] == [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-        assert [linear_schedule(step, 4, 2) for step in range(4)] == [0.0, 0.25, 0.5, 0.75]  # still warming up
+from lightning_lab.training.optim import LossScale
 
 
 class TestLossScale:
@@ -50,4 +34,4 @@ class TestLossScale:
             doubled |= ours.value > before
             assert (ours.value, ours.good_steps) == (value.item(), tracker.item()), step
         assert doubled
-        assert (ours.overflows, ours.overflows_in_a_row) == (6, 0)
+        assert ours.overflows_in_a_row == 0

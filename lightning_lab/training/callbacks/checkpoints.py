@@ -23,7 +23,6 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from safetensors import SafetensorError
 from typing_extensions import override
@@ -71,51 +70,51 @@ class Checkpoints(Checkpoint):
         self.best_loss, self._received = math.inf, None
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
         if not (self.directory / "best.ckpt").exists():  # the best so far stayed in the run it was taken from
             self.best_loss = math.inf
         # not earlier: Lightning puts a SIGTERM handler of its own in place after on_fit_start
         self._stop_listening = listen(self._on_signal)
-        if _position(pl_module) == 0:
+        if pl_module.completed_steps == 0:
             self._save(trainer)
         self._saved_at, self._nothing_unsaved = time.monotonic(), True
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *args: Any) -> None:
         self._nothing_unsaved = False
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: pl.Trainer, pl_module: QLoRAModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, QLoRAModule)
-        step = pl_module.completed_steps
-        stop, due = self._decide(trainer, step)
-        if stop or due or pl_module.validation_due:
+        due = time.monotonic() - self._saved_at >= SAVE_SECONDS
+        if self.every_steps:
+            due = pl_module.completed_steps % self.every_steps == 0
+        stop = self._on_any(self._received is not None)
+        if stop or self._on_any(due) or pl_module.validation_due:
             self._save(trainer)
-        self._leave_if(stop)
+        if stop:
+            self._leave()
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._received is not None and self._nothing_unsaved:  # it came while this process saved
+            self._leave()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        assert isinstance(pl_module, QLoRAModule)
         self._nothing_unsaved = False
-        evaluation = pl_module.evaluation
-        assert evaluation is not None
-        if evaluation.loss < self.best_loss:
-            self.best_loss = evaluation.loss
+        loss = pl_module.evaluation.loss
+        if loss < self.best_loss:
+            self.best_loss = loss
             if trainer.is_global_zero:
                 self._export_best(pl_module)
             trainer.save_checkpoint(self.directory / "best.ckpt")
         self._save(trainer)
-        self._leave_if(self._decide(trainer, 0)[0])
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._leave_if(self._received is not None and self._nothing_unsaved)  # it came while this process saved
+        if self._on_any(self._received is not None):
+            self._leave()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -147,16 +146,9 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self.directory / "last.ckpt")
         self._saved_at, self._nothing_unsaved = time.monotonic(), True
 
-    def _decide(self, trainer: pl.Trainer, step: int) -> tuple[bool, bool]:
-        """Whether to stop, and whether it is time to save after ``step``; alike on all processes."""
-        due = time.monotonic() - self._saved_at >= SAVE_SECONDS
-        if self.every_steps:
-            due = step % self.every_steps == 0
-        flags = torch.tensor([self._received is not None, due], dtype=torch.int32, device=trainer.strategy.root_device)
-        stop, save = (
-            trainer.strategy.reduce(flags, reduce_op="max").tolist() if trainer.world_size > 1 else flags.tolist()
-        )
-        return bool(stop), bool(save)
+    def _on_any(self, decision: bool) -> bool:
+        """Whether any process has decided so."""
+        return self._trainer.strategy.reduce_boolean_decision(decision, all=False)
 
     def _export_best(self, module: QLoRAModule) -> None:
         """Write ``best/``, an adapter that plain PEFT loads, with checksums; swapped in whole."""
@@ -190,10 +182,6 @@ class Checkpoints(Checkpoint):
             self._leave()
         self._say(f"{name}: finishing the step in progress, then saving; once more to leave at once")
 
-    def _leave_if(self, stop: bool) -> None:
-        if stop:
-            self._leave()
-
     def _leave(self) -> NoReturn:
         self._end_others(signal.SIGTERM)  # they may wait in a validation for this process
         self._say("stopped; last.ckpt has all steps; continue with --ckpt_path last")
@@ -210,8 +198,3 @@ class Checkpoints(Checkpoint):
         kill = getattr(self._trainer.strategy.launcher, "kill", None)
         if kill is not None:
             kill(number)
-
-
-def _position(module: pl.LightningModule) -> int:
-    assert isinstance(module, QLoRAModule)
-    return module.completed_steps

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_lab import files, rundir
 from lightning_lab.data.batching import SPLITS
-from lightning_lab.data.datamodule import ChatDataModule
+from lightning_lab.tables import Table
 from lightning_lab.training.callbacks.record import write_losses
 from lightning_lab.training.module import QLoRAModule
 
@@ -28,35 +28,26 @@ class Results(pl.Callback):
         self.run_dir = run_dir
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._write(trainer, pl_module, "validate")
-
-    @override
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write(trainer, pl_module, "test")
-
-    def _write(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        assert isinstance(module, QLoRAModule)
-        found = module.evaluation
-        if not trainer.is_global_zero or found is None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
+        assert trainer.state.fn
+        stage = trainer.state.fn.value
+        if stage not in ("validate", "test") or not trainer.is_global_zero:
             return
-        data = getattr(trainer, "datamodule", None)
-        data = data if isinstance(data, ChatDataModule) else None
-        split = data.split_for(stage) if data else {"validate": "validation", "test": "test"}[stage]
-        checkpoint = rundir.BASE if module.evaluate_base else str(trainer.ckpt_path or "the model as it was passed")
+        found, data = pl_module.evaluation, pl_module.chat_data
+        split = data.split_for(stage) if data else {"validate": "validation"}.get(stage, stage)
+        checkpoint = rundir.BASE if pl_module.evaluate_base else str(trainer.ckpt_path or "the model as it was passed")
         record = {
             **found.figures(split),
             "conversations": len(found.rows),
             "supervised_tokens": int(found.tokens.sum()),
             "dropped_conversations": len(data.splits[split].dropped) if data else 0,
             "checkpoint": checkpoint,
-            "step": 0 if module.evaluate_base else module.completed_steps,
+            "step": 0 if pl_module.evaluate_base else pl_module.completed_steps,
             "data_fingerprint": data.tokenized.fingerprint if data else None,
         }
         if data and (left_out := len(data.splits[split].rows) - len(found.rows)):
             record["left_out_by_a_limit"] = left_out
-        name = f"{split}-base" if module.evaluate_base else split
+        name = f"{split}-base" if pl_module.evaluate_base else split
         files.make_directory(self.run_dir)
         files.write_whole(self.run_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
         examples = zip(found.rows.tolist(), found.nll.tolist(), found.tokens.tolist(), strict=True)
@@ -64,27 +55,30 @@ class Results(pl.Callback):
         files.write_whole(self.run_dir / f"{name}_examples.csv", "".join(["row,loss,supervised_tokens\r\n", *lines]))
         if name == "validation-base" and (self.run_dir / rundir.METRICS).exists():
             write_losses(self.run_dir)  # the base becomes its first row
-        print(results_table(self.run_dir))
+        print(results_table(self.run_dir).markdown())
         print(f"written: {self.run_dir / name}.json, {name}_examples.csv", file=sys.stderr)
 
+    on_test_end = on_validation_end  # type: ignore[assignment]
 
-def results_table(run_dir: Path) -> str:
+
+def results_table(run_dir: Path) -> Table:
     """All evaluations that a run directory holds, as one table: the base beside the checkpoint, split by split."""
-    lines = [
-        "| split | model | loss | perplexity | token accuracy | conversations | tokens |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for split in SPLITS:
         for path in (run_dir / f"{split}-base.json", run_dir / f"{split}.json"):
             record = files.read_json(path)
             try:
                 used = record["checkpoint"]
                 model = used if used == rundir.BASE else f"{Path(used).stem}, step {record['step']}"
-                lines.append(
-                    f"| {split} | {model} | {record[f'{split}_loss']:.4f} | {record[f'{split}_perplexity']:.2f} | "
-                    f"{record[f'{split}_token_accuracy']:.4f} | {record['conversations']:,} | "
-                    f"{record['supervised_tokens']:,} |"
+                figures = (
+                    f"{record[f'{split}_loss']:.4f}",
+                    f"{record[f'{split}_perplexity']:.2f}",
+                    f"{record[f'{split}_token_accuracy']:.4f}",
+                    f"{record['conversations']:,}",
+                    f"{record['supervised_tokens']:,}",
                 )
             except (KeyError, TypeError, ValueError):  # not there, or damaged: the next evaluation writes it anew
                 continue
-    return "\n".join(lines)
+            rows.append((split, model, *figures))
+    columns = ("split", "model", "loss", "perplexity", "token accuracy", "conversations", "tokens")
+    return Table(columns, rows, text=("split", "model"))

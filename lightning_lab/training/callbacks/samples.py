@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_lab.data.batching import PromptBatch
-from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.files import set_aside, write_whole, writing
 from lightning_lab.rundir import SAMPLES
 from lightning_lab.training.module import QLoRAModule
@@ -32,54 +31,48 @@ class Samples(pl.Callback):
         self._prompts: PromptBatch | None = None
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
         """On resume forget the answers after the checkpoint."""
-        assert isinstance(pl_module, QLoRAModule)
-        data = getattr(trainer, "datamodule", None)
-        self._prompts = None
-        if not trainer.is_global_zero or not self.count or not isinstance(data, ChatDataModule):
+        self._prompts, data = None, pl_module.chat_data
+        if not trainer.is_global_zero or not self.count or not data:
             return
         if prompts := data.first_prompts("validation", self.count):
             self._prompts = data.prompt_batch(prompts)
         if not self.path.exists():
             return
         try:
-            sections = re.split(r"(?m)^(?=# (?:Step \d+|Before training)$)", self.path.read_bytes().decode())
+            text = self.path.read_bytes().decode()
         except UnicodeDecodeError:
             set_aside(self.path, "is not UTF-8 text")
             return
         done = pl_module.completed_steps - pl_module.validation_pending
-        write_whole(self.path, "".join(s for s in sections if pl_module.completed_steps and _step(s) <= done))
+        for heading in re.finditer(r"(?m)^# (?:Step (\d+)|Before training)$", text):
+            if not pl_module.completed_steps or int(heading[1] or 0) > done:
+                text = text[: heading.start()]
+                break
+        write_whole(self.path, text)
 
     @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, QLoRAModule)
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
         if pl_module.completed_steps == 0:
             self._write(pl_module, "Before training")
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, QLoRAModule)
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write(pl_module, f"Step {pl_module.completed_steps}")
 
     def _write(self, module: QLoRAModule, heading: str) -> None:
         if self._prompts is None:
             return
+        answers = module.answer(self._prompts, self.max_new_tokens)
         lines = [f"# {heading}", ""]
-        for prompt, answer in zip(
-            self._prompts.prompts, module.answer(self._prompts, self.max_new_tokens), strict=True
-        ):
+        for prompt, answer in zip(self._prompts.prompts, answers, strict=True):
             last = prompt.conversation.messages[-1]
             lines += [f"**Row {prompt.row}, {last.role}:** {_quote(last.content)}", ""]
             lines += [f"**Answer:** {_quote(answer)}", "", f"**Reference:** {_quote(prompt.reference or '')}", ""]
         with writing(self.path), self.path.open("a") as file:
             file.write("\n".join(lines) + "\n")
-
-
-def _step(section: str) -> int:
-    match = re.match(r"# Step (\d+)", section)
-    return int(match.group(1)) if match else 0
 
 
 def _quote(text: str) -> str:
