@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_lab.data.batching import MicroBatch, PromptBatch, StepBatch
 from lightning_lab.data.conversation import Prompt
-from lightning_lab.errors import LabError, check_ranges
+from lightning_lab.errors import LabError, check_arguments
 from lightning_lab.models.attention import attention_arguments
 from lightning_lab.models.generation import generate
 from lightning_lab.models.loss import supervised_nll, supervised_nll_sum
@@ -101,7 +101,7 @@ class QLoRAModule(Lifecycle):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        check_ranges("model", self.hparams, RANGES)
+        check_arguments("model", QLoRAModule.__init__, self.hparams, RANGES)
         refuse_combinations(self.hparams)
         self.automatic_optimization = False
         self.checkpointing: str = checkpointing  # what `auto` stands for, once it is chosen
