@@ -44,7 +44,7 @@ def test_work_is_counted_over_all_steps(tiny_base: Path, short_chats: Path, one_
     assert work["tokens"] == 2 * lengths.sum()
     assert work["supervised tokens"] == 2 * supervised.sum()
     micro_batches = [m for step in range(5) for m in data.step_batch(step).micro_batches]
-    assert work["tokens of the largest micro-batch"] == max(m.tokens for m in micro_batches)
+    assert work["tokens of the largest micro-batch"] == max(m.input_ids.numel() for m in micro_batches)
     assert work["most supervised tokens of a micro-batch"] == max(len(m.targets) for m in micro_batches)
     assert work_of(data, None, 1)["tokens"] == work_of(data, 3, 1)["tokens"] == np.sum(lengths[data.step_documents(0)])
     assert work_of(data, 1, 99)["optimizer steps"] == 5
