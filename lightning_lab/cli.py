@@ -51,7 +51,7 @@ WITHOUT_TRAINER = ("plan", "preview", "sweep")  # they parse the same keys
 
 @dataclass
 class RunSettings:
-    """The run; its further keys are arguments of `run_directory`.
+    """The run.
 
     Args:
         val_every_steps: Optimizer steps between validations; there is always one after the last step.

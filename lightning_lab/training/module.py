@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_linear_schedule_with_warmup
 from typing_extensions import override
 
 from lightning_lab.data.batching import MicroBatch, PromptBatch, StepBatch
@@ -115,6 +114,8 @@ class QLoRAModule(Lifecycle):
     @override
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """AdamW over the adapters, and a linear schedule with warm-up over the run's steps."""
+        from transformers import get_linear_schedule_with_warmup
+
         trainer, settings = self.trainer, self.settings
         trainer.fit_loop.setup_data()  # without it some limits leave the length of an epoch unknown
         steps = trainer.estimated_stepping_batches

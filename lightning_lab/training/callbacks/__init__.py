@@ -37,8 +37,8 @@ def run_directory(
 
     Args:
         run_dir: The directory.
-        checkpoint_every_steps: Save ``last.ckpt`` every this many steps; None for at least once a minute. It is also
-            saved before the first step and around each validation.
+        checkpoint_every_steps: Save last.ckpt every this many optimizer steps; null for at least once a minute. It is
+            also saved before the first step and around each validation.
         samples: Validation prompts answered at each validation.
         sample_tokens: Longest of these answers.
         name: The run's name; that of the directory by default.

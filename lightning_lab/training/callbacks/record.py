@@ -69,9 +69,8 @@ class RunRecord(pl.Callback):
             if leftover.is_file():
                 leftover.unlink()
         if checkpoint is not None:
-            if (
-                not in_place and checkpoint.parent.name == rundir.CHECKPOINTS
-            ):  # the first steps of its run are this one's
+            # the first steps of another run are this one's too
+            if not in_place and checkpoint.parent.name == rundir.CHECKPOINTS:
                 for name in (rundir.METRICS, rundir.SAMPLES):
                     if (earlier := checkpoint.parent.parent / name).is_file():
                         shutil.copyfile(earlier, run_dir / name)
