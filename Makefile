@@ -6,8 +6,9 @@ PYTHON ?= python3
 PY := .venv/bin/python
 export HF_HUB_DISABLE_TELEMETRY = 1
 DEMO := runs/demo
-# Two processes of one thread: the tests' models are too small to keep a second thread busy. A module's tests stay together.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope
+# Two processes of one thread: the tests' models are too small to keep a second thread busy. A module's tests stay together,
+# in their order: tests/acceptance has the longest, which come first so that both processes end at the same time.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: env demo test test-all lint lines clean
 

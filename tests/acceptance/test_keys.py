@@ -134,7 +134,8 @@ def test_trainer_settings_that_the_command_line_sets_itself(
 
 
 def test_help_of_each_command_and_no_network(tmp_path: Path) -> None:
-    for command in ("fit", "report"):
+    sweep = [f"--sweep.{key}" for key in ("grid", "settings", "search", "tie", "retry_failed", "storage")]
+    for command, keys in (("fit", ["--samples", "--model.lr"]), ("report", ["--compare"]), ("sweep", sweep)):
         result = subprocess.run(
             [sys.executable, "-m", "lightning_lab", command, "--help"],
             capture_output=True,
@@ -144,6 +145,7 @@ def test_help_of_each_command_and_no_network(tmp_path: Path) -> None:
         )
         assert result.returncode == 0, result.stderr
         assert re.search(r"usage:", result.stdout)
+        assert [key for key in keys if key not in result.stdout] == []
 
 
 def test_what_only_prints_stops_nothing(tiny_args: list[str], tmp_path: Path) -> None:

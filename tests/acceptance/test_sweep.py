@@ -4,15 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from lightning_lab.__main__ import main
-from tests.acceptance.conftest import ROOT, lab, metrics, start, validations
+from tests.acceptance.conftest import lab, metrics, start, validations
 from tests.processes import processes_in
 
 GRID = ("--sweep.grid", "{model.lr: [1e-3, 3e-3], model.r: [8]}", "--sweep.tie", "{model.alpha: model.r}")
@@ -116,23 +114,3 @@ def test_the_labs_grid(tmp_path: Path) -> None:
         alone = yaml.safe_load((configs_dir() / f"{point.name}.yaml").read_text())["model"]
         assert point.settings == {f"model.{key}": value for key, value in alone.items()}
     assert len(points) == 4
-
-
-def test_help_is_complete(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "lightning_lab", "sweep", "--help"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for key in (
-        "--sweep.grid",
-        "--sweep.settings",
-        "--sweep.search",
-        "--sweep.tie",
-        "--sweep.retry_failed",
-        "--sweep.storage",
-    ):
-        assert key in result.stdout
