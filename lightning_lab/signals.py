@@ -1,4 +1,8 @@
-"""The signals that end a program in an orderly way, and who hears them."""
+"""The signals that end a program in an orderly way, and how one listens to them.
+
+What then happens: `training.callbacks.checkpoints` saves a run, `experiments.commands` passes them on to the run of a
+sweep, `__main__` ends everything else.
+"""
 
 import signal
 import threading

@@ -1,4 +1,7 @@
-"""What ``auto`` stands for: the fastest checkpointing and the largest micro-batch that fit a device's free memory."""
+"""What ``auto`` stands for: the fastest checkpointing and the largest micro-batch that fit a device's free memory.
+
+`models.memory` chooses; here every process gets to know what.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ RANGES = {
 NO_END = "the run has no end: set trainer.max_epochs or trainer.max_steps"
 
 Replaced = Mapping[str, tuple[tuple[Any, ...], str]]
-# Trainer settings that something here replaces: the values that change nothing, and what to set instead.
+# Trainer settings that something here replaces: the values that change nothing, and what to set instead. Those that the
+# command line sets itself are in `cli`.
 REPLACED: Replaced = {
     "precision": ((None, "32-true"), "model.compute_dtype alone decides the precision"),
     "accumulate_grad_batches": (
