@@ -1,4 +1,4 @@
-"""The lab's table of losses, from the rows of ``metrics.csv``; `training.callbacks.record` writes it to ``losses.md``."""
+"""The lab's table of losses, from the rows of ``metrics.csv``; `callbacks.record` writes it to ``losses.md``."""
 
 from __future__ import annotations
 
