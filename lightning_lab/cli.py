@@ -194,7 +194,8 @@ class LabCLI(LightningCLI):
         """The trainer with a run directory; TensorBoard beside it unless another logger is set."""
         settings, given = self.settings, self._get(self.config_init, "trainer")
         if self.command in WITHOUT_TRAINER:
-            return self._trainer(given, logger=False, callbacks=None)
+            here = {"accelerator": "cpu", "devices": 1, "strategy": "auto"} if self.command == "preview" else {}
+            return self._trainer(given, logger=False, callbacks=None, **here)
         run_dir, predictions = self.paths.run_dir, None
         self.model.evaluate_base = self.command != "fit" and self.paths.checkpoint is None
         if self.command == "predict":
@@ -243,10 +244,7 @@ class LabCLI(LightningCLI):
         if accelerator == "auto":  # bitsandbytes and the paths here have been tried on nothing else
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         around = {"enable_checkpointing": False, "use_distributed_sampler": False, "accelerator": accelerator}
-        try:
-            trainer = pl.Trainer(**{**vars(given), **around, **settings})
-        except ValueError as error:  # Lightning's word for a name that it does not know
-            raise LabError(f"trainer: {error}") from None
+        trainer = pl.Trainer(**{**vars(given), **around, **settings})
         refusals.refuse_trainer(trainer, training=self.command in ("fit", *WITHOUT_TRAINER))
         return trainer
 
@@ -260,6 +258,9 @@ def _refuse(settings: Any) -> None:
     """Refuse a config's numbers out of range, and trainer settings that something else replaces."""
     check_ranges("", vars(settings), RANGES)
     refusals.refuse_replaced(settings.trainer, {**refusals.REPLACED, **REPLACED})
+    for key, choices in (("strategy", ("auto", "ddp")), ("accelerator", ("auto", "cpu", "gpu", "cuda"))):
+        if settings.trainer[key] not in choices:
+            raise LabError(f"trainer.{key} {settings.trainer[key]!r} is not supported; use {', '.join(choices)}")
 
 
 def _preview(cli: LabCLI) -> None:

@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -90,10 +91,11 @@ def load_rows(source: str, limit: int | None = None, revision: str | None = None
         content = _read(path, source)
         fingerprint = hashlib.sha256(content).hexdigest()
         if path.suffix == ".jsonl":
-            found, lines = _json_lines(content, source)
+            kept, lines = _json_lines(content, source, limit)
+            found = lines
         else:
             found = _parquet(content, source) if path.suffix == ".parquet" else _json(content, source)
-        kept = found[:limit]
+            kept = found[:limit]
     else:
         raise LabError(
             f"data.source '{source}' is not embedded, chitchat, a {', '.join(_SUFFIXES)} file or a Hub id owner/name"
@@ -115,14 +117,16 @@ def _read(path: Path, name: str) -> bytes:
         raise LabError(f"{name} cannot be read: {error.strerror}") from None
 
 
-def _json_lines(content: bytes, name: str) -> tuple[list[bytes], list[int]]:
-    """Lines that hold a row, to be parsed when they are asked for, and their numbers."""
-    rows, numbers = [], []
+def _json_lines(content: bytes, name: str, limit: int | None) -> tuple[list[bytes], list[int]]:
+    """The first lines that hold a row, to be parsed when they are asked for, and the numbers of all that do."""
+    rows: list[bytes] = []
+    numbers: list[int] = []
     # Only "\n" ends a line: JSON text may hold U+2028 and its like, at which str.splitlines would cut.
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+    for number, line in enumerate(io.BytesIO(content.removeprefix(codecs.BOM_UTF8)), start=1):
         if _decode(line, name, number).strip():
-            rows.append(line)
             numbers.append(number)
+            if limit is None or len(rows) < limit:
+                rows.append(line)
     return rows, numbers
 
 

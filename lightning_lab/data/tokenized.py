@@ -191,7 +191,7 @@ def _write(path: Path, tables: Iterable[pa.Table]) -> pa.Table:
     for unfinished in path.parent.glob(".*"):  # of a process that was killed
         with suppress(FileNotFoundError):  # it has just ended well
             if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(unfinished)
+                shutil.rmtree(unfinished, ignore_errors=True)  # it may be somebody else's
     thresholds = gc.get_threshold()
     # The search for reference cycles goes by the number of new objects, here texts and ids that are soon gone.
     gc.set_threshold(_OBJECTS_A_SEARCH, *thresholds[1:])

@@ -12,6 +12,7 @@ class LossScale:
 
     value: float = 2.0**16
     good_steps: int = 0
+    overflows: int = 0
     overflows_in_a_row: int = 0
 
     def succeeded(self) -> None:
@@ -23,5 +24,6 @@ class LossScale:
 
     def overflowed(self) -> None:
         """Count a skipped step and halve the scale."""
+        self.overflows += 1
         self.overflows_in_a_row += 1
         self.value, self.good_steps = self.value / 2, 0

@@ -32,7 +32,7 @@ Replaced = Mapping[str, tuple[tuple[Any, ...], str]]
 # Trainer settings that something here replaces: the values that change nothing, and what to set instead. Those that the
 # command line sets itself are in `cli`.
 REPLACED: Replaced = {
-    "precision": ((None, "32-true"), "model.compute_dtype alone decides the precision"),
+    "precision": ((None, 32, "32", "32-true"), "model.compute_dtype alone decides the precision"),
     "accumulate_grad_batches": (
         (None, 1),
         "a batch is one optimizer step: set data.batch_size (and data.micro_batch_tokens)",

@@ -103,7 +103,9 @@ def test_nothing_left_to_learn(tiny_args: list[str], capsys: pytest.CaptureFixtu
         (["--trainer.val_check_interval=10"], "val_every_steps"),
         (["--trainer.strategy=fsdp"], "fsdp"),
         (["--trainer.accelerator=cuda"], "cuda"),
-        (["--trainer.accelerator=foo"], "accelerator='foo'"),
+        (["--trainer.accelerator=foo"], "trainer.accelerator"),
+        (["--trainer.accelerator=tpu"], "trainer.accelerator"),
+        (["--trainer.strategy=ddp_spawn"], "trainer.strategy"),
         (["--ckpt_path=base"], "base"),
         (["--ckpt_path=last"], "embedded"),
         (["--ckpt_path=missing.ckpt"], "missing.ckpt"),
@@ -221,3 +223,8 @@ class TestWithoutANetwork:
         assert [line for line in error.splitlines() if line.startswith("error: ")], error
         assert "nobody/nothing" in error
         assert time.monotonic() - started < 90
+
+
+def test_preview_needs_no_gpu(tiny_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preview", *tiny_args, "--trainer.accelerator=gpu", "--trainer.devices=2", "--limit=1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["labels"]

@@ -238,8 +238,10 @@ def test_what_killed_processes_left_is_swept_when_it_is_old(encoder: Conversatio
         (folder / name).mkdir(parents=True)
         (folder / name / "half.arrow").write_text("half")
         os.utime(folder / name, (time.time() - age,) * 2)
+    (folder / ".DS_Store").write_text("somebody else's")
+    os.utime(folder / ".DS_Store", (0, 0))
     tokenize_rows(as_rows(GOOD[:3]), encoder, on_bad_row="error", progress=False)
-    assert sorted(path.name for path in folder.glob(".*")) == [".new"]  # whose process may be at work
+    assert sorted(path.name for path in folder.glob(".*")) == [".DS_Store", ".new"]  # whose process may be at work
 
 
 def test_pickles(encoder: ConversationEncoder) -> None:

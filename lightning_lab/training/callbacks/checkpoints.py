@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 from safetensors import SafetensorError
 from typing_extensions import override
@@ -59,7 +60,7 @@ class Checkpoints(Checkpoint):
         self._nothing_unsaved = False
         self._received: int | None = None
         self._trainer: pl.Trainer
-        self._stop_listening: Callable[[], None] = lambda: None
+        self._stop_listening: Callable[[], object] = list  # nothing to put back; a function of its own is not pickled
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -90,8 +91,8 @@ class Checkpoints(Checkpoint):
         due = time.monotonic() - self._saved_at >= SAVE_SECONDS
         if self.every_steps:
             due = pl_module.completed_steps % self.every_steps == 0
-        stop = self._on_any(self._received is not None)
-        if stop or self._on_any(due) or pl_module.validation_due:
+        stop, due = self._on_any(self._received is not None, due)
+        if stop or due or pl_module.validation_due:
             self._save(trainer)
         if stop:
             self._leave()
@@ -113,7 +114,7 @@ class Checkpoints(Checkpoint):
                 self._export_best(pl_module)
             trainer.save_checkpoint(self.directory / "best.ckpt")
         self._save(trainer)
-        if self._on_any(self._received is not None):
+        if any(self._on_any(self._received is not None)):
             self._leave()
 
     @override
@@ -146,9 +147,13 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self.directory / "last.ckpt")
         self._saved_at, self._nothing_unsaved = time.monotonic(), True
 
-    def _on_any(self, decision: bool) -> bool:
-        """Whether any process has decided so."""
-        return self._trainer.strategy.reduce_boolean_decision(decision, all=False)
+    def _on_any(self, *decisions: bool) -> list[bool]:
+        """Which of the decisions any process has taken: one message and one read a step, on several processes alone."""
+        strategy = self._trainer.strategy
+        if self._trainer.world_size == 1:
+            return list(decisions)
+        flags = torch.tensor(decisions, dtype=torch.int32, device=strategy.root_device)
+        return [bool(flag) for flag in strategy.reduce(flags, reduce_op="max").tolist()]
 
     def _export_best(self, module: QLoRAModule) -> None:
         """Write ``best/``, an adapter that plain PEFT loads, with checksums; swapped in whole."""

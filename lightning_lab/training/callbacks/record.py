@@ -57,7 +57,7 @@ class RunRecord(pl.Callback):
             return
         run_dir, checkpoints = self.run_dir, self.run_dir / rundir.CHECKPOINTS
         checkpoint = Path(trainer.ckpt_path) if trainer.ckpt_path else None
-        in_place = checkpoint is not None and checkpoint.resolve().parent == checkpoints.resolve()
+        in_place = checkpoint is not None and checkpoint.resolve().parent.parent == run_dir.resolve()
         if (run_dir / rundir.CONFIG).exists() and not in_place:
             raise LabError(
                 f"{run_dir}: there is a run already; pass its checkpoints/last.ckpt to continue it, or name another one"
