@@ -11,7 +11,7 @@ from pathlib import Path
 from scipy.stats import t
 
 from lightning_lab.experiments.compare import Comparison, compare
-from lightning_lab.experiments.runs import TRIALS, read_run
+from lightning_lab.experiments.runs import TRIALS, Run
 
 LR = (("lr1e-4_r16", "baseline"), ("baseline", "lr3e-4_r16"))
 R = tuple((f"lr3e-4_r16{seed}", f"lr3e-4_r32{seed}") for seed in ("", "_seed1", "_seed2"))
@@ -32,7 +32,7 @@ def main(sweep: Path) -> None:
     """Print the comparisons as Markdown."""
     pairs = LR + R
     found = [
-        compare([read_run(sweep / TRIALS / name) for name in pair], comparisons=len(pairs))[0][0]  # each at 99 %
+        compare([Run(sweep / TRIALS / name) for name in pair], comparisons=len(pairs))[0][0]  # each at 99 %
         for pair in pairs
     ]
     print("| from | to | test loss | | difference | 99 % interval |")
@@ -43,7 +43,7 @@ def main(sweep: Path) -> None:
     print(f"\n{over_seeds(found[len(LR) :])}")
     for r in (16, 32):
         losses = [
-            read_run(sweep / TRIALS / f"lr3e-4_r{r}{seed}").evaluations["test"]["test_loss"]
+            Run(sweep / TRIALS / f"lr3e-4_r{r}{seed}").evaluations["test"]["test_loss"]
             for seed in ("", "_seed1", "_seed2")
         ]
         print(f"r {r}: test loss {', '.join(f'{loss:.4f}' for loss in losses)}; sd {statistics.stdev(losses):.4f}")

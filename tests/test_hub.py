@@ -11,21 +11,12 @@ import pytest
 import torch
 
 from lightning_lab import hub as hub_module
-from lightning_lab.errors import LabError
 from lightning_lab.models.base import load_base
-from tests.models.conftest import CPU, embedded, hub, tiny_folder, write_gguf  # noqa: F401  (fixtures)
+from tests.models.conftest import CPU, embedded, hub, refusal, tiny_folder, write_gguf  # noqa: F401  (fixtures)
 
 
 def load(source):
     return load_base(str(source), bits=16, compute_dtype=torch.float32, device=CPU)
-
-
-def refusal(function, *args, **kwargs) -> str:
-    with pytest.raises(LabError) as caught:
-        function(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # --- locate ---

@@ -212,7 +212,7 @@ class ChatDataModule(pl.LightningDataModule):
         documents = self.step_documents(step)
         rows = train.rows[documents].tolist()
         lengths = self.tokenized.lengths[rows].tolist()
-        bins = batching.pack(lengths, self._budget(self.micro_batch_tokens), rank, world_size)
+        bins = batching.pack(lengths, self.budget(self.micro_batch_tokens), rank, world_size)
         return StepBatch(
             micro_batches=tuple(self._micro_batch(train, [documents[i] for i in bin_]) for bin_ in bins),
             rows=tuple(rows),
@@ -246,7 +246,7 @@ class ChatDataModule(pl.LightningDataModule):
         lengths = self.tokenized.lengths[rows].tolist()
         if len(lengths) < world_size:
             raise LabError(f"the {split} split has {len(lengths)} conversations for {world_size} processes; use fewer")
-        budget = self._budget(self.eval_micro_batch_tokens or self.micro_batch_tokens)
+        budget = self.budget(self.eval_micro_batch_tokens or self.micro_batch_tokens)
         return batching.pack(lengths, budget, rank, world_size)
 
     @override
@@ -269,7 +269,8 @@ class ChatDataModule(pl.LightningDataModule):
         examples = [(self.tokenized.input_ids(row), self.tokenized.labels(row)) for row in rows]
         return batching.collate(examples, documents, rows)
 
-    def _budget(self, tokens: int | Literal["auto"]) -> int:
+    def budget(self, tokens: int | Literal["auto"]) -> int:
+        """``micro_batch_tokens`` or ``eval_micro_batch_tokens`` as a number; `LabError` while it is ``auto``."""
         if tokens == "auto":
             raise LabError("data.micro_batch_tokens is still auto: QLoRAModule chooses it; without one, give a number")
         return tokens

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
+from lightning_lab.data.batching import pack
 from lightning_lab.data.conversation import parse_conversation
 from lightning_lab.data.encoding import IGNORED
 
@@ -113,19 +114,20 @@ def _summary(data: ChatDataModule, rows: Sequence[int], kept: Sequence[int]) -> 
 
 def packing_statistics(data: ChatDataModule) -> dict[str, Any]:
     """How the first epoch's steps are cut into micro-batches."""
-    steps = tokens = micro_batches = padded = 0
-    for step in range(data.steps_per_epoch):
-        batch = data.step_batch(step)
-        steps += 1
-        tokens += batch.tokens
-        micro_batches += len(batch.micro_batches)
-        padded += len(batch.rows) * int(data.tokenized.lengths[list(batch.rows)].max())
+    steps, budget = data.steps_per_epoch, data.budget(data.micro_batch_tokens)
+    of_train = data.tokenized.lengths[data.splits["train"].rows]
+    tokens = micro_batches = padded = 0
+    for step in range(steps):
+        lengths = of_train[data.step_documents(step)].tolist()
+        tokens += sum(lengths)
+        micro_batches += len(pack(lengths, budget))
+        padded += len(lengths) * max(lengths)
     return {
         "optimizer steps an epoch": steps,
         "conversations a step": data.batch_size,
         "tokens a step (mean)": round(tokens / max(1, steps)),
         "micro-batches a step (mean)": round(micro_batches / max(1, steps), 2),
-        "fill of a micro-batch (mean)": f"{tokens / max(1, micro_batches * int(data.micro_batch_tokens)):.0%}",
+        "fill of a micro-batch (mean)": f"{tokens / max(1, micro_batches * budget):.0%}",
         "tokens that padding each step to its longest would add": f"{padded / max(1, tokens) - 1:.0%}",
     }
 

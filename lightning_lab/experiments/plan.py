@@ -14,8 +14,7 @@ import torch
 
 from lightning_lab.data.batching import pack
 from lightning_lab.models.base import load_config
-from lightning_lab.models.memory import MIB, peak_parts, trainable_parameters
-from lightning_lab.models.qlora import CHECKPOINTING
+from lightning_lab.models.memory import MIB, peak_parts, possible_modes, trainable_parameters
 from lightning_lab.rundir import METRICS, MetricsRow, newest_run, read_metrics
 from lightning_lab.training.auto import settle_auto
 
@@ -92,7 +91,7 @@ def plan(
     """
     micro_batch = work["tokens of the largest micro-batch"], work["most supervised tokens of a micro-batch"]
     peak = partial(peak_parts, config, settings, device, *micro_batch)
-    modes = [mode for mode in CHECKPOINTING if mode != "offload" or (device.type == "cuda" and not settings.compile)]
+    modes = possible_modes(settings, device)
     speeds = [row.values["tokens_per_second"] for row in measured if "tokens_per_second" in row.values]
     speed = statistics.median(speeds) if speeds else None
     parts = peak()  # once: what the program itself holds grows meanwhile

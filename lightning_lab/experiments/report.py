@@ -24,7 +24,7 @@ from lightning_lab import plots
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.compare import compare
 from lightning_lab.experiments.page import page
-from lightning_lab.experiments.runs import REPORT_FILES, SWEEP_FILE, read_run
+from lightning_lab.experiments.runs import REPORT_FILES, SWEEP_FILE, Run
 from lightning_lab.experiments.sections import comparison_markdown, document, ranking_table
 from lightning_lab.experiments.summary import Summary, find
 from lightning_lab.files import make_directory, write_whole
@@ -133,7 +133,7 @@ def _compare(options: argparse.Namespace) -> int:
         if name not in known and not Path(name).is_dir():
             there = f", and no run of that name; there are {', '.join(known)}" if known else ""
             raise LabError(f"--compare {name}: no such run directory{there}")
-        runs.append(known[name] if name in known else read_run(Path(name)))
+        runs.append(known[name] if name in known else Run(Path(name)))
     if runs[0].name == runs[1].name:
         for run in runs:
             run.name = str(run.path)

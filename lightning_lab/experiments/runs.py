@@ -145,16 +145,6 @@ class Run:
         return sorted(found.values())
 
 
-def read_run(path: Path) -> Run:
-    """Read a run directory.
-
-    Raises:
-        LabError: As `Run`.
-
-    """
-    return Run(path)
-
-
 def read_sweep(directory: Path) -> list[dict[str, Any]]:
     """Read the trials of a sweep's directory.
 

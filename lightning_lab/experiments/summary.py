@@ -17,7 +17,6 @@ from lightning_lab.experiments.runs import (
     Run,
     differing_settings,
     has_begun,
-    read_run,
     read_sweep,
     run_directories,
 )
@@ -113,7 +112,7 @@ def find(paths: Sequence[Path]) -> tuple[list[Run], list[str], list[dict[str, An
         state = states.get(resolved)
         if state in ("waiting", "failed") and not has_begun(directory):
             continue
-        if run := attempt(read_run, directory):
+        if run := attempt(Run, directory):
             runs.append(run)
             if state in ("failed", "pruned"):  # of which the run knows nothing
                 run.described_state = f"{state}: {run.described_state}"

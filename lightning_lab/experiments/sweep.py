@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.commands import POLL_S, Commands, StoppedError, say
 from lightning_lab.experiments.points import Point, SweepSettings, all_runs, flags, search_space, sweep_points, tied
-from lightning_lab.experiments.runs import SWEEP_FILE, TRIALS, read_run
+from lightning_lab.experiments.runs import SWEEP_FILE, TRIALS, Run
 from lightning_lab.experiments.study import Study, usable_database
 from lightning_lab.files import flatten, make_directory, write_whole
 from lightning_lab.hub import model_folder
@@ -242,7 +242,7 @@ class Sweep:
         self._train(trial, name, settings)
         if self.tests == "all":
             self._test(name)
-        best = read_run(self.directory / TRIALS / name).best
+        best = Run(self.directory / TRIALS / name).best
         if best is None:
             raise LabError("it has no finite validation loss")
         self._say(name, f"val_loss {best['val_loss']:.6f}")

@@ -199,6 +199,12 @@ def peak_so_far(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 2**10  # bytes on macOS, KiB on Linux
 
 
+def possible_modes(settings: Any, device: torch.device) -> list[str]:
+    """Values of ``model.checkpointing`` that these settings of `QLoRAModule` and the device allow."""
+    offload = device.type == "cuda" and not settings.compile
+    return [mode for mode in CHECKPOINTING if mode != "offload" or offload]
+
+
 def choose(
     config: LlamaConfig,
     settings: Any,
@@ -231,10 +237,7 @@ def choose(
         LabError: Nothing fits.
 
     """
-    modes = [settings.checkpointing]
-    if settings.checkpointing == "auto":
-        offload = device.type == "cuda" and not settings.compile
-        modes = [mode for mode in CHECKPOINTING if mode != "offload" or offload]
+    modes = possible_modes(settings, device) if settings.checkpointing == "auto" else [settings.checkpointing]
     budgets = [micro_batch_tokens] if micro_batch_tokens else _budgets(batch_size * max_length, device)
     for mode in modes:
         for budget in budgets:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from lightning_lab.errors import LabError
 from lightning_lab.experiments import compare as module
 from lightning_lab.experiments.compare import BEYOND_EACH_END, MIN_CONVERSATIONS, Comparison, Interval, bootstrap
-from lightning_lab.experiments.runs import Run, read_run
+from lightning_lab.experiments.runs import Run
 
 # -- losses whose difference is known ------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ def write_run(
         writer = csv.writer(file)
         writer.writerow(["row", "loss", "supervised_tokens"])
         writer.writerows(zip(rows.tolist(), map(repr, loss.tolist()), tokens.tolist(), strict=True))
-    return read_run(path)
+    return Run(path)
 
 
 def compare(a: Run, b: Run, split: str = "test", **options: Any) -> Comparison:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lab.errors import LabError
-from lightning_lab.experiments.runs import differing_settings, read_run, read_sweep, run_directories
+from lightning_lab.experiments.runs import Run, differing_settings, read_sweep, run_directories
 from lightning_lab.files import flatten
 from lightning_lab.rundir import is_locked
 from tests.experiments.directories import HEADER, locked, train_row, validation_row, write_run
@@ -15,16 +15,14 @@ from tests.experiments.directories import HEADER, locked, train_row, validation_
 
 class TestState:
     def test_finished(self, tmp_path: Path) -> None:
-        run = read_run(
-            write_run(tmp_path / "a", [train_row(1, 2.0), train_row(2, 1.0), validation_row(2, 1.5)], total=2)
-        )
+        run = Run(write_run(tmp_path / "a", [train_row(1, 2.0), train_row(2, 1.0), validation_row(2, 1.5)], total=2))
         assert (run.state, run.described_state, run.step, run.total_steps) == ("finished", "finished, 2 steps", 2, 2)
         assert run.name == "a"
         assert run.trainable_parameters == 9_768_960
 
     def test_without_its_last_validation_it_is_not_finished(self, tmp_path: Path) -> None:
         rows = [train_row(1, 2.0), validation_row(1, 1.5), train_row(2, 1.0)]
-        assert read_run(write_run(tmp_path / "a", rows, total=2)).described_state == "stopped at step 2 of 2"
+        assert Run(write_run(tmp_path / "a", rows, total=2)).described_state == "stopped at step 2 of 2"
 
     @pytest.mark.parametrize(
         ("losses", "state", "words"),
@@ -38,16 +36,16 @@ class TestState:
     )
     def test_early_stopping_after_two(self, tmp_path: Path, losses: list[float], state: str, words: str) -> None:
         rows = [validation_row(step, loss) for step, loss in enumerate(losses, start=1)]
-        run = read_run(write_run(tmp_path / "a", rows, total=1000, early_stopping=2))
+        run = Run(write_run(tmp_path / "a", rows, total=1000, early_stopping=2))
         assert (run.state, run.described_state) == (state, words)
 
     def test_running_while_another_process_holds_it_and_stopped_when_that_is_killed(self, tmp_path: Path) -> None:
         path = write_run(tmp_path / "a", [train_row(1, 2.0), train_row(2, 2.0), train_row(3, 2.0)], total=10)
         with locked(path):
-            run = read_run(path)
+            run = Run(path)
             assert (run.state, run.described_state) == ("running", "running at step 3 of 10")
-            assert read_run(path).state == "running"
-        run = read_run(path)
+            assert Run(path).state == "running"
+        run = Run(path)
         assert (run.state, run.described_state) == ("stopped", "stopped at step 3 of 10")
         with locked(path):  # looking took the lock from nobody
             assert is_locked(path)
@@ -57,14 +55,14 @@ class TestState:
         (path / ".lock").touch()
         assert not is_locked(path)
         assert not is_locked(path / "none")
-        assert read_run(path).state == "stopped"
+        assert Run(path).state == "stopped"
 
     def test_empty(self, tmp_path: Path) -> None:
-        assert read_run(tmp_path).described_state == "empty: nothing recorded yet"
+        assert Run(tmp_path).described_state == "empty: nothing recorded yet"
         (tmp_path / "checkpoints").mkdir()
         with locked(tmp_path):
-            assert read_run(tmp_path).described_state == "running at step 0"
-        run = read_run(tmp_path)
+            assert Run(tmp_path).described_state == "running at step 0"
+        run = Run(tmp_path)
         assert run.state == "empty"
         assert (run.best, run.losses, run.seconds, run.tokens_per_second, run.peak_memory_mib) == (
             None,
@@ -76,12 +74,12 @@ class TestState:
 
     def test_config_only(self, tmp_path: Path) -> None:
         (tmp_path / "config.yaml").write_text("model: {lr: 1.0e-4}\n")
-        run = read_run(tmp_path)
+        run = Run(tmp_path)
         assert (run.state, run.described_state, run.total_steps) == ("stopped", "stopped at step 0", None)
         assert run.config == {"model.lr": 1e-4}
 
     def test_a_header_alone(self, tmp_path: Path) -> None:
-        assert read_run(write_run(tmp_path / "a", [], total=5)).described_state == "stopped at step 0 of 5"
+        assert Run(write_run(tmp_path / "a", [], total=5)).described_state == "stopped at step 0 of 5"
 
 
 # 32 nested lists of two aliases: a kilobyte that stands for 4 billion values
@@ -163,14 +161,14 @@ class TestDamage:
         path = write_run(tmp_path / "a", [train_row(1, 2.0)], total=5)
         (path / file).write_bytes(content.encode() if isinstance(content, str) else content)
         with pytest.raises(LabError, match=rf"^{path}/{message}"):
-            read_run(path)
+            Run(path)
 
     def test_not_a_run(self, tmp_path: Path) -> None:
         with pytest.raises(LabError, match=rf"^{tmp_path}/none: no such run directory"):
-            read_run(tmp_path / "none")
+            Run(tmp_path / "none")
         (tmp_path / "notes.txt").touch()
         with pytest.raises(LabError, match=rf"^{tmp_path}: is not a run directory"):
-            read_run(tmp_path)
+            Run(tmp_path)
 
 
 def test_a_last_line_that_is_being_written_is_left_out_wherever_it_is_cut(tmp_path: Path) -> None:
@@ -179,11 +177,11 @@ def test_a_last_line_that_is_being_written_is_left_out_wherever_it_is_cut(tmp_pa
     last = validation_row(1, 1.25)
     for cut in range(len(last)):
         (path / "metrics.csv").write_text(whole + last[:cut])
-        run = read_run(path)
+        run = Run(path)
         assert [row.values["step"] for row in run.metrics] == [1]
         assert not run.losses
     (path / "metrics.csv").write_text(whole + last)
-    assert [loss.val_loss for loss in read_run(path).losses] == [1.25]
+    assert [loss.val_loss for loss in Run(path).losses] == [1.25]
 
 
 class TestNumbers:
@@ -193,22 +191,22 @@ class TestNumbers:
             *(train_row(3, 1.0), train_row(4, 2.0), train_row(5, 6.0), validation_row(5, 2.5)),
             *(validation_row(6, 2.75), train_row(7, 9.0)),
         ]
-        run = read_run(write_run(tmp_path / "a", rows, total=9))
+        run = Run(write_run(tmp_path / "a", rows, total=9))
         assert [loss[:3] for loss in run.losses] == [(2, 3.0, 3.5), (5, 3.0, 2.5), (6, None, 2.75)]
         assert run.step == 7
 
     def test_the_best_is_the_first_of_equal_ones_and_finite(self, tmp_path: Path) -> None:
         losses = [math.nan, 2.0, 1.5, 1.5, 1.75]
         rows = [validation_row(step, loss) for step, loss in enumerate(losses, start=1)]
-        best = read_run(write_run(tmp_path / "a", rows)).best
+        best = Run(write_run(tmp_path / "a", rows)).best
         assert best is not None
         assert (best["step"], best["val_loss"]) == (3, 1.5)
-        assert read_run(write_run(tmp_path / "b", [validation_row(1, math.inf)])).best is None
+        assert Run(write_run(tmp_path / "b", [validation_row(1, math.inf)])).best is None
 
     def test_time_speed_and_memory_by_hand(self, tmp_path: Path) -> None:
         # 100 tokens at 50/s are 2 s, 300 at 100/s are 3 s: 400 tokens in 5 s
         rows = [train_row(1, 2.0, 100, 50.0, 700.0), train_row(2, 2.0, 300, 100.0, 900.5), validation_row(2, 1.0)]
-        run = read_run(write_run(tmp_path / "a", rows))
+        run = Run(write_run(tmp_path / "a", rows))
         assert (run.seconds, run.tokens_per_second, run.peak_memory_mib) == (5.0, 80.0, 900.5)
 
     def test_evaluations(self, tmp_path: Path) -> None:
@@ -217,7 +215,7 @@ class TestNumbers:
             record = {f"{split}_loss": 1.0, f"{split}_perplexity": 2.7, f"{split}_token_accuracy": 0.5}
             (path / f"{name}.json").write_text(json.dumps(record))
         (path / "other.json").write_text("nonsense")
-        assert set(read_run(path).evaluations) == {"test", "validation-base"}
+        assert set(Run(path).evaluations) == {"test", "validation-base"}
 
 
 class TestExamples:
@@ -231,7 +229,7 @@ class TestExamples:
 
     def test_in_the_order_of_the_rows(self, tmp_path: Path) -> None:
         content = "row,loss,supervised_tokens\r\n257,3.5,50\r\n148,4.25,50\r\n"
-        examples = read_run(self.write(tmp_path / "a", content)).examples("test")
+        examples = Run(self.write(tmp_path / "a", content)).examples("test")
         assert examples == [(148, 4.25, 50), (257, 3.5, 50)]
 
     @pytest.mark.parametrize(
@@ -244,7 +242,7 @@ class TestExamples:
         ],
     )
     def test_damage(self, tmp_path: Path, rows: str | bytes, line: int) -> None:
-        run = read_run(self.write(tmp_path / "a", rows))
+        run = Run(self.write(tmp_path / "a", rows))
         message = rf"^{run.path}/test_examples\.csv line {line}: needs row, loss and supervised_tokens; evaluate again"
         with pytest.raises(LabError, match=message):
             run.examples("test")
@@ -261,7 +259,7 @@ class TestExamples:
         ],
     )
     def test_what_contradicts_its_evaluation(self, tmp_path: Path, rows: str, found: str) -> None:
-        run = read_run(self.write(tmp_path / "a", "row,loss,supervised_tokens\n" + rows))
+        run = Run(self.write(tmp_path / "a", "row,loss,supervised_tokens\n" + rows))
         said = f"has a loss of {found} supervised tokens, test.json says 3.875000 over 100; train or evaluate a again"
         with pytest.raises(LabError) as error:
             run.examples("test")
@@ -269,20 +267,20 @@ class TestExamples:
 
     @pytest.mark.parametrize("loss", [math.nan, math.inf])
     def test_a_loss_that_is_not_finite_in_both(self, tmp_path: Path, loss: float) -> None:
-        run = read_run(self.write(tmp_path / "a", f"row,loss,supervised_tokens\n1,{loss},100\n", loss))
+        run = Run(self.write(tmp_path / "a", f"row,loss,supervised_tokens\n1,{loss},100\n", loss))
         with pytest.raises(LabError, match=rf"test_examples\.csv: has a loss of {loss} over 100 .* evaluate a again"):
             run.examples("test")
 
     def test_another_evaluation_than_the_one_recorded(self, tmp_path: Path) -> None:
         content = "row,loss,supervised_tokens\n1,3.5,50\n2,4.25,50\n"
         for number, (loss, tokens) in enumerate(((1.5, 100), (3.875, 12), (3.875, None))):
-            run = read_run(self.write(tmp_path / str(number), content, loss, tokens))
+            run = Run(self.write(tmp_path / str(number), content, loss, tokens))
             said = f"3.875000 over 100 supervised tokens, test.json says {loss:.6f} over {tokens}; train or evaluate"
             with pytest.raises(LabError, match=said):
                 run.examples("test")
         (run.path / "test.json").unlink()
         with pytest.raises(LabError, match="test.json says nan over None; train or evaluate 2 again"):
-            read_run(run.path).examples("test")
+            Run(run.path).examples("test")
 
     @pytest.mark.parametrize(
         ("split", "command"),
@@ -297,7 +295,7 @@ class TestExamples:
     ) -> None:
         path = write_run(tmp_path / "a", [])
         with pytest.raises(LabError, match=command.replace("RUN", str(path))):
-            read_run(path).examples(split)
+            Run(path).examples(split)
 
 
 class TestSettings:
@@ -307,9 +305,9 @@ class TestSettings:
 
     def test_those_that_differ_in_the_configs_order(self, tmp_path: Path) -> None:
         runs = [
-            read_run(write_run(tmp_path / "a", run_dir="runs/a")),
-            read_run(write_run(tmp_path / "b", run_dir="runs/b", model__r=32, seed_everything=1)),
-            read_run(write_run(tmp_path / "c", run_dir="runs/c", model__target_modules=["q_proj"])),
+            Run(write_run(tmp_path / "a", run_dir="runs/a")),
+            Run(write_run(tmp_path / "b", run_dir="runs/b", model__r=32, seed_everything=1)),
+            Run(write_run(tmp_path / "c", run_dir="runs/c", model__target_modules=["q_proj"])),
         ]
         assert differing_settings(runs) == ["seed_everything", "model.r", "model.target_modules"]
         assert differing_settings(runs[:1]) == []
@@ -317,7 +315,7 @@ class TestSettings:
 
     def test_a_run_without_config_differs_in_nothing(self, tmp_path: Path) -> None:
         (tmp_path / "b").mkdir()
-        assert differing_settings([read_run(write_run(tmp_path / "a")), read_run(tmp_path / "b")]) == []
+        assert differing_settings([Run(write_run(tmp_path / "a")), Run(tmp_path / "b")]) == []
 
 
 class TestDirectories:

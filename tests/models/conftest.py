@@ -5,12 +5,14 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from lightning_lab import hub as hub_module
+from lightning_lab.errors import LabError
 from lightning_lab.models import base
 
 CPU = torch.device("cpu")
@@ -236,3 +238,12 @@ def saved_bytes(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> 
         output = forward()  # keeps the graph, and with it the storages, alive
     del output
     return sum(kept.values())
+
+
+def refusal(function: Any, *args: Any, **kwargs: Any) -> str:
+    """What a call is refused with, in one line."""
+    with pytest.raises(LabError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

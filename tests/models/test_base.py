@@ -3,22 +3,13 @@ import json
 import pytest
 import torch
 
-from lightning_lab.errors import LabError
 from lightning_lab.models import base, cpu
 
-from .conftest import CPU, package_gguf
+from .conftest import CPU, package_gguf, refusal
 
 
 def load(source, bits=16, dtype=torch.float32, **settings):
     return base.load_base(str(source), bits=bits, compute_dtype=dtype, device=CPU, **settings)
-
-
-def refusal(function, *args, **kwargs) -> str:
-    with pytest.raises(LabError) as caught:
-        function(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def edit_config(folder, **changes):
