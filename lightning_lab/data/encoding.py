@@ -4,7 +4,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_lab import hub
@@ -19,6 +19,7 @@ ControlTokens = Literal["text", "control"]
 Mask = Literal["assistant"]
 Truncation = Literal["tokens", "turns", "drop", "error"]
 
+CHARACTERS_A_TOKEN = 5  # English chat has fewer: nearly no row has to be tokenised a second time
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
@@ -147,8 +148,26 @@ class ConversationEncoder:
         to learn after truncation, or as `RowTooLongError`. An error among the conversations stays in its place.
         """
         texts = [or_error(lambda c: self._pieces(self.template.render(c.messages)), c) for c in conversations]
+        starts = [or_error(self._start, text) for text in texts]
+        results = self._encode(starts)
+        # what is cut at ``max_length`` anyway is the same from a start as from the whole text
+        cut = [isinstance(result, Encoded) and result.truncated for result in results]
+        again = [i for i in range(len(texts)) if starts[i] is not texts[i] and not cut[i]]
+        for i, result in zip(again, self._encode([texts[i] for i in again]), strict=True):
+            results[i] = result
+        return results
+
+    def _encode(self, texts: Sequence[list[_Piece] | RowError]) -> list[Encoded | RowError]:
         tokens = iter(self._tokenize([text for text in texts if not isinstance(text, RowError)]))
         return [text if isinstance(text, RowError) else or_error(self._assemble, next(tokens)) for text in texts]
+
+    def _start(self, pieces: list[_Piece]) -> list[_Piece]:
+        """The pieces that most likely hold ``max_length`` tokens; all of them where nothing is cut there."""
+        if self.max_length is None or self.truncation != "tokens":
+            return pieces
+        ends = list(accumulate(len(piece.content) if isinstance(piece.content, str) else 1 for piece in pieces))
+        enough = bisect_right(ends, CHARACTERS_A_TOKEN * self.max_length) + 1
+        return pieces[:enough] if enough < len(pieces) else pieces
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """Tokenise the messages before an answer, and the header that opens it; nothing is truncated.

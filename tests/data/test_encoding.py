@@ -658,3 +658,42 @@ def write_tokenizer(folder: Path, extra: list[str], **special: str) -> None:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
+@pytest.mark.parametrize("max_length", [8, 40, 200])
+@pytest.mark.parametrize("characters", [0, 1, 5, 10**9])  # 10**9: every text whole
+def test_a_start_of_a_long_row_gives_what_the_whole_gives(
+    smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, max_length: int, characters: int
+) -> None:
+    words = ["The quick brown fox jumps. ", "𝔘ñïçødé 🦊 ", "internationalisation ", "\n" * 60, " " * 90, "a"]
+    turns = [tuple(words[(i + j) % len(words)] * (1 + 3 * j) for j in range(1 + 2 * (i % 4))) for i in range(24)]
+    roles = ("user", "assistant")
+    chats = [Conversation(tuple(Message(roles[j % 2], t) for j, t in enumerate((*own, "Yes.")))) for own in turns]
+    chats.append(Conversation((Message("user", "Why? " * 500), Message("assistant", "So."))))  # nothing left to learn
+    monkeypatch.setattr("lightning_lab.data.encoding.CHARACTERS_A_TOKEN", characters)
+    found = ConversationEncoder(smollm2_tokenizer, max_length=max_length).encode_batch(chats)
+    whole = ConversationEncoder(smollm2_tokenizer)
+    for chat, result in zip(chats, found, strict=True):
+        full = encode(whole, chat)
+        ids, supervised = full.input_ids[:max_length], full.supervised[:max_length]
+        if any(supervised[1:]):
+            assert result == Encoded(ids, supervised, len(full.input_ids) > max_length)
+        else:
+            assert isinstance(result, RowError)
+            assert f"(the row has {len(full.input_ids)} tokens)" in str(result)
+
+
+def test_what_a_long_row_cannot_need_is_not_tokenised(smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Conversation(tuple(Message(role, f"{i} words. ") for i in range(200) for role in ("user", "assistant")))
+    encoder = ConversationEncoder(smollm2_tokenizer, max_length=50)
+    tokenised: list[int] = []
+    tokenize = encoder._tokenize
+    monkeypatch.setattr(encoder, "_tokenize", lambda texts: tokenised.extend(map(len, texts)) or tokenize(texts))
+    pieces = []
+    for truncation in ("tokens", "turns"):
+        encoder.truncation = truncation
+        tokenised.clear()
+        (result,) = encoder.encode_batch([chat])
+        assert isinstance(result, Encoded)
+        pieces.append(sum(tokenised))
+    assert pieces[0] < pieces[1] / 5  # of the whole text, which other truncations need
