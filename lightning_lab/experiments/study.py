@@ -1,7 +1,9 @@
 """The runs of a sweep as trials in Optuna's storage, which any number of workers share.
 
-A run is queued as a trial just before it begins, and waits again when its worker is gone or was stopped. Workers may
-queue one run twice in the same moment: of a name's trials the first that has not failed counts.
+A run is queued as a trial just before it begins. Where its worker is gone or was stopped, that trial fails without an
+error, and the run is queued again as another one that knows the same: what a suspended worker, or one that sees this
+late, still says of the first cannot touch the second. Workers may queue one run twice in the same moment: of the trials
+that follow a failed one, the first counts.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError, UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -53,10 +55,7 @@ def usable_database(url: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 class _Storage(optuna.storages.RDBStorage):
-    """Optuna's, where a trial that ends without a value or an error waits again, with all that it knows.
-
-    Its heart beats before a trial runs, and goes on after a beat that could not be written.
-    """
+    """Optuna's, whose heart beats before a trial runs, and goes on after a beat that could not be written."""
 
     @override
     def record_heartbeat(self, trial_id: int) -> None:
@@ -67,8 +66,6 @@ class _Storage(optuna.storages.RDBStorage):
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         if state == TrialState.RUNNING:  # one killed before its first beat would never be stale
             self.record_heartbeat(trial_id)
-        if state == TrialState.FAIL and "error" not in self.get_trial_user_attrs(trial_id):
-            state = TrialState.WAITING
         return super().set_trial_state_values(trial_id, state, values)
 
 
@@ -130,20 +127,29 @@ class Study:
         runs: dict[str, FrozenTrial] = {}
         for trial in self.optuna.get_trials():
             name = trial.user_attrs.get("name")
-            if name is not None and (name not in runs or runs[name].state == TrialState.FAIL):
+            last = runs.get(name)
+            if name is not None and (last is None or trial.user_attrs.get("after") == last.number):
                 runs[name] = trial
-        return runs
+        failed = [(name, run) for name, run in runs.items() if run.state == TrialState.FAIL]
+        interrupted = [(name, run) for name, run in failed if "error" not in run.user_attrs]
+        for name, run in interrupted:
+            self.queue(name, run)
+        return self.runs() if interrupted else runs
 
     def queue(self, name: str, run: FrozenTrial) -> None:
-        """Queue a run that is planned, or has failed; its settings and values stay."""
-        self.optuna.enqueue_trial(run.params, user_attrs={"name": name, "settings": run.user_attrs["settings"]})
+        """Queue a run that is planned, was interrupted or has failed; its settings and values stay."""
+        attributes = {"name": name, "settings": run.user_attrs["settings"], "after": run.number}
+        known = {"distributions": run.distributions, "intermediate_values": run.intermediate_values}
+        self.optuna.add_trial(create_trial(state=TrialState.WAITING, params=run.params, user_attrs=attributes, **known))
 
     def take(self, objective: Callable[[optuna.Trial], float]) -> None:
         """Take the first run that waits; a LabError of the objective is its error."""
         try:
             self.optuna.optimize(lambda trial: self._run(objective, trial), 1, catch=(LabError,))
-        except (ValueError, UpdateFinishedTrialError) as error:
-            if isinstance(error, ValueError) and "Cannot tell" not in str(error):
+        except Exception as error:
+            # a value for a trial that has ended breaks an assertion of Optuna's as well
+            reason = error.__context__ if isinstance(error, AssertionError) else error
+            if not isinstance(reason, UpdateFinishedTrialError) and "Cannot tell" not in str(reason):
                 raise
             say("another worker has taken this run over: one was suspended, or without its database for long")
 
