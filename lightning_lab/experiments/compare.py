@@ -30,6 +30,7 @@ from lightning_lab.experiments.runs import Run, differing_settings
 # 94 % of 500 and 95 % of 1,500. From 20 on they err at most about twice as often as they say.
 MIN_CONVERSATIONS = 20
 BEYOND_EACH_END = 50  # resamples, at least: the end is then known to a seventh of their number (1 / sqrt(50))
+TOGETHER = 16  # runs that share resamples, with 16 bytes each for every one of them
 BATCH_VALUES = 2**16  # resampled conversations at a time: arrays of 0.5 MiB, whatever the split's size
 RESAMPLING_SEED = 3407
 LEVEL = 0.95  # of all comparisons together
@@ -137,27 +138,29 @@ def compare(
     comparisons = comparisons or max(1, len(pairs))
     level = 1 - (1 - LEVEL) / comparisons
     found = []
-    for name, loss_a, loss_b, tokens in pairs:
-        a, b, difference = bootstrap(loss_a, loss_b, tokens, level=level)
+    for start in range(0, len(pairs), TOGETHER):
+        names, (loss_a, *_), losses, (tokens, *_) = zip(*pairs[start : start + TOGETHER], strict=True)
+        a, *others = bootstrap([loss_a, *losses], tokens, level=level)
         sizes = len(tokens), int(tokens.sum())
-        found.append(Comparison(runs[0].name, name, split, *sizes, *a, *b, *difference, level, LEVEL, comparisons))
+        for name, b, difference in zip(names, others[::2], others[1::2], strict=True):
+            found.append(Comparison(runs[0].name, name, split, *sizes, *a, *b, *difference, level, LEVEL, comparisons))
     return found, list(dict.fromkeys(refused))  # what the reference lacks is said once
 
 
 def bootstrap(
-    loss_a: np.ndarray, loss_b: np.ndarray, tokens: np.ndarray, *, level: float = LEVEL, resamples: int = 9999
+    losses: Sequence[np.ndarray], tokens: np.ndarray, *, level: float = LEVEL, resamples: int = 9999
 ) -> list[tuple[float, Interval]]:
-    """Token-weighted losses of two runs and their difference, with BCa intervals, all from the same resamples.
+    """Token-weighted losses of runs and their differences, with BCa intervals, all from the same resamples.
 
     Args:
-        loss_a: ``[C]`` float64 of the reference, each conversation's mean negative log-likelihood, nats.
-        loss_b: ``[C]`` of the other run.
+        losses: ``[C]`` float64 of the reference and of each other run, each conversation's mean negative
+            log-likelihood, nats.
         tokens: ``[C]``, its supervised tokens, positive.
         level: Of each interval.
         resamples: At least; more are drawn where the level leaves fewer than `BEYOND_EACH_END` beyond each end.
 
     Returns:
-        The reference's loss, the other run's, and the second less the first, nats a token.
+        The reference's loss; then of each other run its loss, and that less the reference's, nats a token.
 
     Raises:
         ValueError: There are fewer than two conversations.
@@ -165,20 +168,21 @@ def bootstrap(
     """
     from scipy import stats  # half a second to import
 
-    def statistics(nll_a: np.ndarray, nll_b: np.ndarray, count: np.ndarray, axis: int = -1) -> np.ndarray:
-        mean_a, mean_b = (nll.sum(axis) / count.sum(axis) for nll in (nll_a, nll_b))
-        return np.stack([mean_a, mean_b, mean_b - mean_a])
+    def statistics(conversations: np.ndarray, axis: int = -1) -> np.ndarray:
+        count = tokens.take(conversations).sum(axis)
+        reference, *others = (nll.take(conversations).sum(axis) / count for nll in sums)
+        return np.stack([reference, *(figure for mean in others for figure in (mean, mean - reference))])
 
     # Beyond each end before BCa moves it. The 1e-6: rounding of 1 - level is not to cost a resample.
     resamples = max(resamples, math.ceil(2 * BEYOND_EACH_END / (1 - level) - 1e-6))
-    data = loss_a * tokens, loss_b * tokens, tokens
+    sums = [loss * tokens for loss in losses]
+    conversations = np.arange(len(tokens))
     # BCa of a statistic that no resample changes is 0 / 0, of which numpy and SciPy warn; it is dealt with below.
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         result = stats.bootstrap(
-            data,
+            (conversations,),
             statistics,
-            paired=True,
             method="BCa",
             confidence_level=level,
             n_resamples=resamples,
@@ -189,7 +193,7 @@ def bootstrap(
         percentile = np.quantile(result.bootstrap_distribution, [tail, 1 - tail], axis=-1)
     bca = np.stack(result.confidence_interval)
     ends = np.where(np.isnan(bca).any(0), percentile, bca)
-    values = statistics(*data).tolist()
+    values = statistics(conversations).tolist()
     return [(value, Interval(*pair)) for value, pair in zip(values, ends.T.tolist(), strict=True)]
 
 

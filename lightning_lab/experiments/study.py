@@ -138,9 +138,14 @@ class Study:
 
     def queue(self, name: str, run: FrozenTrial) -> None:
         """Queue a run that is planned, was interrupted or has failed; its settings and values stay."""
-        attributes = {"name": name, "settings": run.user_attrs["settings"], "after": run.number}
-        known = {"distributions": run.distributions, "intermediate_values": run.intermediate_values}
-        self.optuna.add_trial(create_trial(state=TrialState.WAITING, params=run.params, user_attrs=attributes, **known))
+        trial = create_trial(
+            state=TrialState.WAITING,
+            params=run.params,
+            distributions=run.distributions,
+            user_attrs={"name": name, "settings": run.user_attrs["settings"], "after": run.number},
+            intermediate_values=run.intermediate_values,
+        )
+        self.optuna.add_trial(trial)
 
     def take(self, objective: Callable[[optuna.Trial], float]) -> None:
         """Take the first run that waits; a LabError of the objective is its error."""

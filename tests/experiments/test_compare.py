@@ -42,7 +42,7 @@ def bootstrap_difference(
     nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, **options: Any
 ) -> tuple[float, Interval]:
     """The difference of two runs alone."""
-    return bootstrap(nll_a / tokens, nll_b / tokens, tokens, **options)[-1]
+    return bootstrap([nll_a / tokens, nll_b / tokens], tokens, **options)[-1]
 
 
 def true_differences() -> tuple[float, float]:
@@ -297,7 +297,7 @@ def test_all_intervals_agree_with_numpy(tmp_path: Path) -> None:
     ):
         low, high = np.quantile(resampled, [0.025, 0.975])
         assert [interval.low, interval.high] == pytest.approx([low, high], abs=0.1 * (high - low))  # BCa and chance
-    core = bootstrap(loss_a, loss_b, tokens)
+    core = bootstrap([loss_a, loss_b], tokens)
     assert core == [
         (comparison.loss_a, comparison.loss_a_interval),
         (comparison.loss_b, comparison.loss_b_interval),
@@ -440,7 +440,8 @@ def mean_of(loss: np.ndarray, tokens: np.ndarray) -> float:
     return float((loss * tokens).sum() / tokens.sum())
 
 
-def test_bonferroni(tmp_path: Path) -> None:
+def test_bonferroni(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TOGETHER", 2)
     runs = [write_run(tmp_path / f"run{i}", *losses(i + 1, better_by=-0.004 * i)) for i in range(4)]
     found, refused = module.compare(runs)
     assert refused == []
