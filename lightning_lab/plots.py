@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import math
 import statistics
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_lab.files import write_whole
 from lightning_lab.rundir import MetricsRow
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
 MARKERS = "osD^vPX*<>"
 TRAIN_POINTS = 400  # of a training curve; more than a plot has pixels to show
+LARGEST = 1e300  # of a loss that is drawn: matplotlib's arithmetic overflows beyond
 LINE_INCHES = 0.17  # a legend's line at 8 points, with the space between entries
 OF_RUNS = "thick: validation loss; thin: training loss, running mean over a twentieth of the steps"
 # Names are text, not formulas; a fixed salt gives the same file for the same runs.
@@ -37,8 +36,7 @@ STYLE = {
 Points = Sequence[tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """One run's losses.
 
     Attributes:
@@ -70,7 +68,7 @@ def running_mean(points: Points) -> Points:
 
 def limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
     """Ends of the loss axis that keep a run that diverged from flattening the others; None where nothing sticks out."""
-    losses = [loss for curve in curves for _, loss in (*curve.train, *curve.validation) if math.isfinite(loss)]
+    losses = [loss for curve in curves for _, loss in (*curve.train, *curve.validation) if abs(loss) < LARGEST]
     low, middle = min(losses, default=0.0), statistics.median(losses or [0.0])
     high = middle + 5 * (middle - low)
     return (low - 0.05 * (high - low), high) if low < high < max(losses, default=0.0) else None
@@ -95,7 +93,8 @@ def draw(panels: Mapping[str, Sequence[Curve]]) -> Figure:
             thick = []
             for place, curve in enumerate(curves):
                 colour, order = COLOURS[place % len(COLOURS)], 3 - place / len(curves)
-                train, validation = (np.reshape(points, (-1, 2)).T for points in (curve.train, curve.validation))
+                lines = (np.reshape(points, (-1, 2)).T for points in (curve.train, curve.validation))
+                train, validation = (np.where(np.abs(line) < LARGEST, line, np.nan) for line in lines)
                 axes.plot(*train, color=colour, zorder=order, linewidth=0.7, alpha=0.55)
                 look = {"marker": MARKERS[place % len(MARKERS)], "markersize": 5, "linewidth": 1.5}
                 every = max(1, len(curve.validation) // 25)

@@ -5,7 +5,6 @@ Nothing of torch is imported: reports read runs of other machines and versions b
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import glob
 import math
@@ -14,7 +13,6 @@ import re
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -42,8 +40,7 @@ COLUMNS = ("step", *TRAIN_COLUMNS, *VALIDATION_COLUMNS)
 # --- which directory, which checkpoint ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RunPaths:
+class RunPaths(NamedTuple):
     """A command's run directory and checkpoint file; no checkpoint for a new run or the untouched base."""
 
     run_dir: Path
@@ -229,12 +226,12 @@ def read_metrics(path: Path) -> tuple[list[MetricsRow], list[int]]:
         if not line.endswith("\n"):
             continue
         try:
-            cells = next(csv.reader([line]))
-            values = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell}
+            cells = zip(header, line.strip().split(","), strict=True)
+            values = {name: float(cell) for name, cell in cells if cell}
             kind = "train_loss" if "train_loss" in values else "val_loss"
             if kind not in values or values["step"] <= last[kind] or not values["step"].is_integer():
                 raise ValueError
-        except (ValueError, KeyError, StopIteration, csv.Error):
+        except (ValueError, KeyError):
             damaged.append(number)
             continue
         last[kind] = values["step"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -118,9 +119,7 @@ def grid_points(sweep: SweepSettings) -> list[Point]:
         given = fixed.pop("name", None)
         if both := fixed.keys() & varied.keys():
             raise LabError(f"sweep: {min(both)} is in sweep.grid and in sweep.settings; leave it in one of them")
-        name = run_name(fixed | varied) or "base"
-        if given is not None:
-            name = f"{given}_{run_name(varied)}".removesuffix("_")
+        name = run_name(fixed | varied) if given is None else run_name(varied, [str(given)])
         if not NAME.fullmatch(name):
             raise LabError(f"sweep.settings: {name!r} cannot be a run's name; use letters, digits and _ . + -")
         points.append(Point(name, tied(fixed | varied, sweep.tie)))
@@ -182,16 +181,20 @@ def tied(settings: Mapping[str, Any], ties: Mapping[str, str] | None) -> dict[st
     return result
 
 
-def run_name(settings: Mapping[str, Any]) -> str:
-    """A directory name from settings, such as ``lr3e-4_r32``."""
-    parts = []
+def run_name(settings: Mapping[str, Any], given: Sequence[str] = ()) -> str:
+    """A directory name from what is given and settings, such as ``lr3e-4_r32``; with a hash where it would be long."""
+    parts = [*given]
     for key, value in settings.items():
         if isinstance(value, float):
             plain, short = value == 0 or 0.01 <= abs(value) < 1000, f"{value:.4g}"
             value = short if plain else f"{Decimal(short).normalize():e}".replace("+", "")
         last = {"seed_everything": "seed"}.get(key, key.rpartition(".")[2])
         parts.append(last + re.sub(r"[^\w.+-]+", "-", str(value)).strip("-"))
-    return "_".join(parts)[:NAME_LENGTH]
+    name = "_".join(parts) if parts else "base"
+    if settings and len(name) > NAME_LENGTH:
+        digest = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:12]
+        name = f"{name[: NAME_LENGTH - 1 - len(digest)]}-{digest}"
+    return name
 
 
 # -- searches --------------------------------------------------------------------------------------------------------

@@ -18,38 +18,19 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from lightning_lab import plots
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.compare import compare
 from lightning_lab.experiments.page import page
 from lightning_lab.experiments.runs import REPORT_FILES, SWEEP_FILE, Run
-from lightning_lab.experiments.sections import comparison_markdown, document, ranking_table
+from lightning_lab.experiments.sections import comparison_markdown, document
 from lightning_lab.experiments.summary import Summary, find
 from lightning_lab.files import make_directory, write_whole
 
 
-class Written(NamedTuple):
-    """What a command says of the report it has written: the ranking as Markdown, and a line for each damaged run."""
-
-    ranking: str
-    damaged: Sequence[str]
-
-
-def write_report(paths: Sequence[Path], out: Path) -> Written:
-    """Write the report on the runs that the paths stand for.
-
-    Raises:
-        LabError: Nothing could be read, or ``out`` cannot be written.
-
-    """
-    summary = Summary(paths)
-    write(summary, out)
-    return Written(ranking_table(summary).markdown(), summary.damaged)
-
-
-def write(summary: Summary, out: Path) -> None:
+def write_report(summary: Summary, out: Path) -> None:
     """Write ``report.md``, ``report.html`` and ``losses.png``, each whole or not at all.
 
     Raises:
@@ -62,10 +43,15 @@ def write(summary: Summary, out: Path) -> None:
         for run in lab["runs"]:
             train, validation = (list(zip(lab["steps"], run[key], strict=True)) for key in ("train", "validation"))
             curves.append(plots.Curve(run["name"], train, validation))
-    figure = plots.draw(panels)
+    try:
+        figure = plots.draw(panels)
+        svg, png = plots.saved(figure, "svg"), plots.saved(figure, "png")
+    except Exception as error:  # a picture never stops a report
+        print(f"warning: {out / REPORT_FILES[-1]} is empty: it could not be drawn ({error})", file=sys.stderr)
+        svg = png = b""
     make_directory(out)
-    html = page(summary.title, document(summary, marked=True), REPORT_FILES[-1], plots.saved(figure, "svg"))
-    contents: tuple[str | bytes, ...] = document(summary), html, plots.saved(figure, "png")
+    html = page(summary.title, document(summary, marked=True), REPORT_FILES[-1], svg)
+    contents: tuple[str | bytes, ...] = document(summary), html, png
     for name, content in zip(REPORT_FILES, contents, strict=True):
         write_whole(out / name, content)
 
@@ -117,7 +103,7 @@ def _report(options: argparse.Namespace) -> int:
     try:  # files first: whoever reads the output may stop early, such as `head`
         if options.out or not options.json:
             out = options.out or _default_out(options.runs, summary)
-            write(summary, out)
+            write_report(summary, out)
             print(f"written: {out}/{', '.join(REPORT_FILES)}", file=sys.stderr)
     finally:
         print(_json(summary.record()) if options.json else document(summary), end="", flush=True)

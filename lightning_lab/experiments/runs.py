@@ -79,7 +79,7 @@ class Run:
         self.evaluations = {name: _evaluation(file) for name, file in found.items()}
         recorded = bool(self.config or self.environment or self.metrics or self.evaluations)
         own = {rundir.LOCK, rundir.CHECKPOINTS, "tensorboard", *REPORT_FILES}
-        if not recorded and any(entry.name not in own for entry in path.iterdir()):
+        if not recorded and any(entry.name not in own and entry.suffix != ".tmp" for entry in path.iterdir()):
             raise LabError(f"{path}: is not a run directory (it has none of {', '.join(RUN_FILES)})")
 
         train = [row.values for row in self.metrics if "train_loss" in row.values]

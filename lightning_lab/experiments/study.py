@@ -1,7 +1,7 @@
 """The runs of a sweep as trials in Optuna's storage, which any number of workers share.
 
 A run is queued as a trial just before it begins. Where its worker is gone or was stopped, that trial fails without an
-error, and the run is queued again as another one that knows the same: what a suspended worker, or one that sees this
+error, and the run is queued again as another one with the same values: what a suspended worker, or one that sees this
 late, still says of the first cannot touch the second. Workers may queue one run twice in the same moment: of the trials
 that follow a failed one, the first counts.
 """
@@ -91,7 +91,6 @@ class Study:
         connect = partial(_Storage, url, options, heartbeat_interval=heartbeat_s, grace_period=grace_s)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats
-        warnings.filterwarnings("ignore", "The reported value is ignored")  # before the run was interrupted
         with usable_database(url, Exception):
             try:
                 storage = connect()
@@ -127,8 +126,7 @@ class Study:
         runs: dict[str, FrozenTrial] = {}
         for trial in self.optuna.get_trials():
             name = trial.user_attrs.get("name")
-            last = runs.get(name)
-            if name is not None and (last is None or trial.user_attrs.get("after") == last.number):
+            if name is not None and (name not in runs or trial.user_attrs.get("after") == runs[name].number):
                 runs[name] = trial
         failed = [(name, run) for name, run in runs.items() if run.state == TrialState.FAIL]
         interrupted = [(name, run) for name, run in failed if "error" not in run.user_attrs]
@@ -138,13 +136,8 @@ class Study:
 
     def queue(self, name: str, run: FrozenTrial) -> None:
         """Queue a run that is planned, was interrupted or has failed; its settings and values stay."""
-        trial = create_trial(
-            state=TrialState.WAITING,
-            params=run.params,
-            distributions=run.distributions,
-            user_attrs={"name": name, "settings": run.user_attrs["settings"], "after": run.number},
-            intermediate_values=run.intermediate_values,
-        )
+        trial = create_trial(state=TrialState.WAITING, params=run.params, distributions=run.distributions)
+        trial.user_attrs = {"name": name, "settings": run.user_attrs["settings"], "after": run.number}
         self.optuna.add_trial(trial)
 
     def take(self, objective: Callable[[optuna.Trial], float]) -> None:

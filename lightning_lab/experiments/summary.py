@@ -11,15 +11,7 @@ from typing import Any, TypeVar
 
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.compare import compare
-from lightning_lab.experiments.runs import (
-    SEED,
-    SWEEP_FILE,
-    Run,
-    differing_settings,
-    has_begun,
-    read_sweep,
-    run_directories,
-)
+from lightning_lab.experiments.runs import SEED, SWEEP_FILE, Run, differing_settings, read_sweep, run_directories
 from lightning_lab.files import flatten, read_yaml
 
 T = TypeVar("T")
@@ -110,9 +102,8 @@ def find(paths: Sequence[Path]) -> tuple[list[Run], list[str], list[dict[str, An
     states = {trial["run"].resolve(): trial["state"] for trial in trials}
     for resolved, directory in directories.items():
         state = states.get(resolved)
-        if state in ("waiting", "failed") and not has_begun(directory):
-            continue
-        if run := attempt(Run, directory):
+        run = attempt(Run, directory)
+        if run and not (run.state == "empty" and state in ("waiting", "failed")):
             runs.append(run)
             if state in ("failed", "pruned"):  # of which the run knows nothing
                 run.described_state = f"{state}: {run.described_state}"
@@ -163,21 +154,30 @@ def over_seeds(runs: Sequence[Run], settings: Sequence[str]) -> list[dict[str, A
     found: list[dict[str, Any]] = []
     for group in groups.values():
         validation = [run.best["val_loss"] for run in group if run.best]
-        test = [run.evaluations["test"]["test_loss"] for run in group if "test" in run.evaluations]
+        tested = [run.evaluations["test"]["test_loss"] for run in group if "test" in run.evaluations]
+        test = [loss for loss in tested if math.isfinite(loss)]
         found.append(
             {
                 "settings": {key: group[0].config.get(key) for key in settings},
                 "runs": [run.name for run in group],
                 "seeds": [run.config.get(SEED) for run in group],
                 "n": len(validation),
-                "val_mean": statistics.fmean(validation),
-                "val_sd": statistics.stdev(validation) if len(validation) > 1 else None,
+                "val_mean": _figure(statistics.fmean, validation, 1),
+                "val_sd": _figure(statistics.stdev, validation, 2),
                 "n_tested": len(test),
-                "test_mean": statistics.fmean(test) if test else None,
-                "test_sd": statistics.stdev(test) if len(test) > 1 else None,
+                "test_mean": _figure(statistics.fmean, test, 1),
+                "test_sd": _figure(statistics.stdev, test, 2),
             }
         )
     return found if any(group["n"] > 1 for group in found) else []
+
+
+def _figure(function: Callable[[Sequence[float]], float], losses: Sequence[float], least: int) -> float | None:
+    """A figure of at least so many losses; infinite where losses near 1e308 leave no float for it."""
+    try:
+        return function(losses) if len(losses) >= least else None
+    except OverflowError:
+        return math.inf
 
 
 def _validated_on(run: Run) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def sweep_command(cli: Any) -> int:
 
     """
     from lightning_lab.experiments.report import write_report
+    from lightning_lab.experiments.sections import ranking_table
+    from lightning_lab.experiments.summary import Summary
 
     directory = Path(cli.settings.run_dir or RUNS / cli.name).expanduser()
     cli.settings.run_dir = None
@@ -66,10 +68,11 @@ def sweep_command(cli: Any) -> int:
             data.prepare(progress=True)
 
     status = Sweep(directory, SweepSettings(**vars(cli.settings.sweep)), cli.config_text(), resolve, prepare).run()
-    report = write_report([directory], directory)
-    for line in [*(f"error: {line}" for line in report.damaged), f"written: {directory}/report.md, report.html"]:
+    summary = Summary([directory])
+    write_report(summary, directory)
+    for line in [*(f"error: {line}" for line in summary.damaged), f"written: {directory}/report.md, report.html"]:
         say(line)
-    print(report.ranking)
+    print(ranking_table(summary).markdown())
     return status
 
 
@@ -108,7 +111,6 @@ class Sweep:
         self.points = [Point(name, self.resolve(settings)) for name, settings in points]
         self.tests = self.settings.test or ("best" if self.space else "all")
         self.url = self.settings.storage or f"sqlite:///{self.directory / DATABASE}"
-        self.study: Study
         self.runs: dict[str, FrozenTrial] = {}  # all by name, begun or not
         # what a killed worker left looks until then as if its worker lived
         self._sure_at = time.monotonic() + self.grace_s + 2

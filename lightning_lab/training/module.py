@@ -104,7 +104,7 @@ class QLoRAModule(Lifecycle):
         refuse_combinations(self.hparams)
         self.automatic_optimization = False
         self.checkpointing: str = checkpointing  # what `auto` stands for, once it is chosen
-        self.evaluation: Evaluation  # of the last evaluation that ended
+        self.evaluation: Evaluation | None = None  # of the last validation or test that ended
         self._sums = EvaluationSums()
         self._gradient_factor = 1.0
         self._step_began = 0.0

@@ -89,6 +89,7 @@ def test_importing_loads_nothing() -> None:
 
 class TestFigures:
     def test_fit_validate_test_and_predict(self, module: Any, data: Any) -> None:
+        assert module.evaluation is None
         m, d, rows = module(), data(), Rows()
         t = trainer(max_epochs=1, callbacks=[rows])
         t.fit(m, d)

@@ -53,4 +53,4 @@ def report(capsys: pytest.CaptureFixture[str]) -> Any:
 @pytest.fixture
 def _only_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is drawn or written: it takes half a second."""
-    monkeypatch.setattr(module, "write", lambda summary, out: None)
+    monkeypatch.setattr(module, "write_report", lambda summary, out: None)

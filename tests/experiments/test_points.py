@@ -64,6 +64,7 @@ class TestGrid:
             ({"settings": [{"name": ".", "model.lr": 1}]}, "'.' cannot be a run's name"),
             ({"settings": [{"name": "a/b", "model.lr": 1}]}, "'a/b' cannot be a run's name"),
             ({"settings": [{"name": "x" * 200, "model.lr": 1}]}, "cannot be a run's name"),
+            ({"settings": [{"name": "", "model.lr": 1}]}, "'' cannot be a run's name"),
             ({"grid": {"model.lr": [1e-4]}, "tie": {"model.alpha": "model.r"}}, "follows no key"),
             ({"grid": {"model.r": [1]}, "tie": {"model.r": "model.r"}}, "tied and set"),
             ({"grid": {"model.base": ["a"]}, "tie": {"model.alpha": "2*model.base"}}, "that has a number"),
@@ -102,6 +103,16 @@ class TestNames:
         points = grid_points(SweepSettings(grid={"data.source": ["/a/x.jsonl", "/a|x.jsonl"]}))
         with pytest.raises(LabError, match="a run sourcea-x.jsonl with {'data.source': '/a/x.jsonl'} is there already"):
             all_runs(points, {})
+
+    @pytest.mark.parametrize("named", [{}, {"name": "a" * 100}])
+    def test_long_ones_differ(self, named: dict[str, Any]) -> None:
+        sources = [f"/{'x' * 120}/{folder}/{'y' * 200}.jsonl" for folder in ("a", "b", "c d", "c e")]
+        points = grid_points(SweepSettings(settings=[named], grid={"data.source": sources, "model.r": [8, 16]}))
+        names = [*all_runs(points, {})]
+        assert len(names) == 8
+        assert {len(name) for name in names} == {120}
+        assert all(name.startswith(named.get("name", "sourcex")) for name in names)
+        assert names == [*all_runs(points[::-1], {})][::-1]
 
     def test_upper_and_lower_case_are_one_name(self) -> None:
         with pytest.raises(LabError, match=r"a run baseA with .*give {'x': 2} \(as basea\) another name"):

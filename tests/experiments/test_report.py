@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lightning_lab import plots
 from tests.experiments.directories import (
     BASELINE,
     HEADER,
@@ -268,6 +269,7 @@ class TestFiles:
             *(None, [], [train_row(1, 2.0)], [validation_row(1, 2.0)], [train_row(1, 2.0), validation_row(1, 2.0)]),
             [train_row(1, 2.0), validation_row(1, math.nan)],
             [train_row(1, 2.0), train_row(2, 90.0), train_row(3, 2.0), validation_row(3, 1e9)],
+            [train_row(1, 1e308), train_row(2, 1e308), validation_row(2, -1.7e308), validation_row(3, 1e308)],
         ],
     )
     @pytest.mark.filterwarnings("error")
@@ -275,6 +277,29 @@ class TestFiles:
         write_run(tmp_path / "a", rows, total=5)
         assert report(tmp_path / "a").status == 0
         assert (tmp_path / "a" / "losses.png").stat().st_size > 5000
+
+    @pytest.mark.usefixtures("_only_text")
+    def test_no_loss_is_too_large_for_means(self, tmp_path: Path, report: Any) -> None:
+        for seed, loss in enumerate((1e308, 1e308, math.inf)):
+            rows = [train_row(1, 1e308), validation_row(1, 1e308)]
+            path = write_run(tmp_path / "r" / f"{seed}", rows, total=1, seed_everything=seed)
+            record = {"test_loss": loss, "test_perplexity": loss, "test_token_accuracy": 0.0}
+            (path / "test.json").write_text(json.dumps(record))
+        output = report(tmp_path / "r")
+        assert output.status == 0
+        assert output.table("Over seeds")[1][0][2:] == ["3", "inf", "0.000000", "2", "inf", "0.000000"]
+
+    def test_what_cannot_be_drawn_stops_no_report(
+        self, lab: Path, report: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(plots, "MARKERS", ["no marker"])
+        output = report(lab)
+        assert output.status == 0
+        warning, written = output.err.splitlines()
+        assert warning.startswith(f"warning: {lab}/report/losses.png is empty: it could not be drawn (")
+        assert written.startswith("written: ")
+        assert (lab / "report" / "losses.png").read_bytes() == b""
+        assert "0.835800" in (lab / "report" / "report.html").read_text()
 
 
 class TestImports:

@@ -163,6 +163,10 @@ class TestDamage:
         with pytest.raises(LabError, match=rf"^{path}/{message}"):
             Run(path)
 
+    def test_killed_while_it_wrote_its_first_file(self, tmp_path: Path) -> None:
+        (tmp_path / ".config.yaml.123.tmp").touch()
+        assert Run(tmp_path).state == "empty"
+
     def test_not_a_run(self, tmp_path: Path) -> None:
         with pytest.raises(LabError, match=rf"^{tmp_path}/none: no such run directory"):
             Run(tmp_path / "none")

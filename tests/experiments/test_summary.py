@@ -10,6 +10,8 @@ import pytest
 
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.report import write_report
+from lightning_lab.experiments.sections import ranking_table
+from lightning_lab.experiments.summary import Summary
 from tests.experiments.directories import (
     LR1E_4,
     LR3E_4,
@@ -127,12 +129,14 @@ class TestSweep:
         assert "the GPU is out of memory" in output.out
 
     def test_written_for_the_sweep_command(self, sweep: Path, tmp_path: Path) -> None:
-        written = write_report([sweep], tmp_path / "out")
-        assert written.ranking.splitlines()[0].startswith("| rank | run |")
-        assert len(written.ranking.splitlines()) == 4
-        assert written.ranking in (tmp_path / "out" / "report.md").read_text()
+        summary = Summary([sweep])
+        write_report(summary, tmp_path / "out")
+        ranking = ranking_table(summary).markdown()
+        assert ranking.splitlines()[0].startswith("| rank | run |")
+        assert len(ranking.splitlines()) == 4
+        assert ranking in (tmp_path / "out" / "report.md").read_text()
         with pytest.raises(LabError, match="no such run directory"):
-            write_report([tmp_path / "none"], tmp_path / "out")
+            Summary([tmp_path / "none"])
 
 
 class TestJson:

@@ -1,5 +1,6 @@
 """Best checkpoints: written before the last one, so that a kill in between is made up for on resume."""
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,10 @@ def test_an_earlier_best_stays(runs: Path, args: list[str]) -> None:
     lab("fit", *args, "--run_dir=worse", "--ckpt_path=last", *options)
     assert (checkpoints / "best.ckpt").read_bytes() == best
     assert all(torch.equal(value, adapter[name]) for name, value in peft_weights(checkpoints / "best").items())
+
+
+def test_it_goes_to_other_processes(tmp_path: Path) -> None:
+    assert pickle.loads(pickle.dumps(Checkpoints(tmp_path, 5))).every_steps == 5
 
 
 def test_a_full_disk_while_the_best_is_exported_names_the_place(tmp_path: Path) -> None:

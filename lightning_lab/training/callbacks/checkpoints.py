@@ -16,8 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -59,8 +58,7 @@ class Checkpoints(Checkpoint):
         self._saved_at = 0.0  # time.monotonic()
         self._nothing_unsaved = False
         self._received: int | None = None
-        self._trainer: pl.Trainer
-        self._stop_listening: Callable[[], object] = list  # nothing to put back; a function of its own is not pickled
+        self._listening = ExitStack()
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -75,7 +73,7 @@ class Checkpoints(Checkpoint):
         if not (self.directory / "best.ckpt").exists():  # the best so far stayed in the run it was taken from
             self.best_loss = math.inf
         # not earlier: Lightning puts a SIGTERM handler of its own in place after on_fit_start
-        self._stop_listening = listen(self._on_signal)
+        self._listening.callback(listen(self._on_signal))
         if pl_module.completed_steps == 0:
             self._save(trainer)
         self._saved_at, self._nothing_unsaved = time.monotonic(), True
@@ -107,6 +105,7 @@ class Checkpoints(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._nothing_unsaved = False
+        assert pl_module.evaluation
         loss = pl_module.evaluation.loss
         if loss < self.best_loss:
             self.best_loss = loss
@@ -121,11 +120,11 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._nothing_unsaved:  # no validation followed the last step
             self._save(trainer)
-        self._stop_listening()  # not later: Lightning gives back next what it had replaced itself
+        self._listening.close()  # not later: Lightning gives back next what it had replaced itself
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop_listening()  # Lightning calls no on_train_end then
+        self._listening.close()  # Lightning calls no on_train_end then
         for process in getattr(trainer.strategy.launcher, "procs", []):  # they may wait for this one without end
             try:
                 process.wait(OTHERS_SECONDS)

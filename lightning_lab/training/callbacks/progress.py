@@ -61,15 +61,10 @@ class PlainProgress(ProgressBar):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loops: dict[str, Any] = {
-            "validate": trainer.validate_loop,
-            "test": trainer.test_loop,
-            "predict": trainer.predict_loop,
-        }
         assert trainer.state.fn
         command = trainer.state.fn.value
-        if command in loops:
-            self._line(f"{command}: {sum(loops[command].max_batches):.0f} batches")
+        if command != "fit":
+            self._line(f"{command}: {sum(getattr(trainer, f'{command}_loop').max_batches):.0f} batches")
 
     on_test_start = on_predict_start = on_validation_start
 

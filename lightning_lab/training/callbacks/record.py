@@ -134,6 +134,7 @@ class RunRecord(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
         """Append the validation's row; redraw the table and the curve."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_global_zero:
+            assert pl_module.evaluation
             row = {"step": pl_module.completed_steps, **pl_module.evaluation.figures("val")}
             rundir.append_metrics(self.run_dir / rundir.METRICS, row)
             write_losses(self.run_dir)

@@ -34,6 +34,7 @@ class Results(pl.Callback):
         if stage not in ("validate", "test") or not trainer.is_global_zero:
             return
         found, data = pl_module.evaluation, pl_module.chat_data
+        assert found
         split = data.split_for(stage) if data else {"validate": "validation"}.get(stage, stage)
         checkpoint = rundir.BASE if pl_module.evaluate_base else str(trainer.ckpt_path or "the model as it was passed")
         record = {
