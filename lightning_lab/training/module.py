@@ -62,7 +62,7 @@ class QLoRAModule(Lifecycle):
             dequantising in every pass, for the memory of a 16-bit base.
         compile: Compile each decoder layer with ``torch.compile``, once for all lengths; takes a minute or two at the
             first step and at the first validation. Same results to rounding.
-        hf_eval_batch_size: Batch whose means ``val_loss_hf`` and ``test_loss_hf`` average, as Hugging Face's trainer.
+        hf_eval_batch_size: Conversations in the batches whose means ``val_loss_hf`` and ``test_loss_hf`` average.
         max_new_tokens: Longest answer that `predict` writes.
         temperature: Of `predict`; 0 takes the most likely token each time, else the base's own top_p and top_k apply.
         seed: Seed of the adapters' initial values. Set from ``seed_everything``.
