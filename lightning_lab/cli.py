@@ -33,6 +33,7 @@ RANGES = {
     "seed_everything": (0, 2**32 - 1),
     "val_every_steps": (1, 10**9),
     "checkpoint_every_steps": (1, 10**9),
+    "train_loss_window": (1, 10**9),
     "early_stopping": (1, 10**9),
     "samples": (0, 10_000),
     "sample_tokens": (1, 1_000_000),
@@ -208,6 +209,7 @@ class LabCLI(LightningCLI):
         callbacks += run_directory(
             run_dir,
             checkpoint_every_steps=settings.checkpoint_every_steps,
+            train_loss_window=settings.train_loss_window,
             samples=settings.samples,
             sample_tokens=settings.sample_tokens,
             name=self.name,

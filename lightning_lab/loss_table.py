@@ -10,7 +10,7 @@ from lightning_lab.tables import Table, numbers
 
 
 class Loss(NamedTuple):
-    """A validation: its step, the mean training loss since the one before (None without steps), and its losses."""
+    """A validation: its step, a mean training loss as `losses` takes it (None without steps), and its losses."""
 
     step: int
     train_loss: float | None
@@ -18,18 +18,31 @@ class Loss(NamedTuple):
     val_loss_hf: float | None = None
 
 
-def losses(rows: Iterable[MetricsRow]) -> list[Loss]:
-    """Each validation among the rows of ``metrics.csv``, which are in its order."""
+def losses(rows: Iterable[MetricsRow], window: int | None = None) -> list[Loss]:
+    """Each validation among the rows of ``metrics.csv``, which are in its order.
+
+    Args:
+        rows: The rows.
+        window: The training loss is the mean over this many steps before; None for those since the validation before.
+
+    """
     found: list[Loss] = []
-    since: list[float] = []
+    recent: dict[float, float] = {}  # by step
     for _, row in rows:
         if "train_loss" in row:
-            since.append(row["train_loss"])
+            recent[row["step"]] = row["train_loss"]
         else:
-            mean = sum(since) / len(since) if since else None
+            if window:
+                recent = {step: loss for step, loss in recent.items() if step > row["step"] - window}
+            mean = sum(recent.values()) / len(recent) if recent else None
             found.append(Loss(int(row["step"]), mean, row["val_loss"], row.get("val_loss_hf")))
-            since = []
+            recent = recent if window else {}
     return found
+
+
+def window_note(window: int | None) -> str:
+    """What the table's training loss is the mean over, as a sentence."""
+    return f"Training loss: mean over the {f'last {window} steps' if window else 'steps since the row before'}."
 
 
 def lab_table(found: Iterable[Loss], base: float | None = None) -> Table:

@@ -1,9 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_lab.configs_lookup import DEFAULTS, configs_dir, find_config, packaged_configs, resolve_configs
 from lightning_lab.errors import LabError
+from lightning_lab.experiments.reference import lab_run, published
+from lightning_lab.files import flatten, read_yaml
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +26,81 @@ def test_the_packaged_configs_are_those_of_the_design() -> None:
     assert {f"{name}.yaml" for name in named} <= set(packaged_configs())
     assert DEFAULTS not in packaged_configs()
     assert (configs_dir() / DEFAULTS).is_file()
+
+
+# The lab's runs as it published them: learning rate, and rank, which is alpha too.
+LAB = {
+    "baseline.yaml": (2e-4, 16),
+    "lr1e-4_r16.yaml": (1e-4, 16),
+    "lr3e-4_r16.yaml": (3e-4, 16),
+    "lr3e-4_r32.yaml": (3e-4, 32),
+}
+
+
+def merged(*names: str) -> dict[str, Any]:
+    """Settings by dotted key, later files over earlier ones; all of them known to the shared defaults."""
+    found: dict[str, Any] = {}
+    for name in (DEFAULTS, *names):
+        settings = flatten(read_yaml(configs_dir() / name))
+        assert not found or settings.keys() <= found.keys() | {"sweep.settings", "sweep.tie.model.alpha"}
+        found |= settings
+    return found
+
+
+@pytest.mark.parametrize("name", [*LAB, "lab_grid.yaml"])
+def test_the_labs_configs_are_its_runs(name: str) -> None:
+    settings = merged(name)
+    lr, r = LAB.get(name, (2e-4, 16))  # the grid's own are in its settings
+    recipe = {
+        **{"base": "unsloth/Llama-3.2-1B-Instruct", "bits": 4, "lr": lr, "r": r, "alpha": r, "dropout": 0.0},
+        **{"optimizer": "adamw_8bit", "weight_decay": 0.01, "warmup_steps": 100, "max_grad_norm": 1.0},
+        "hf_eval_batch_size": 2,
+    }
+    data = {
+        **{"source": "mlabonne/FineTome-100k", "rows": 15_000, "split": [12_000, 1_500, 1_500], "split_method": "lab"},
+        **{"split_seed": 42, "template": "llama-3.1", "mask": "assistant", "max_length": 2048, "batch_size": 8},
+    }
+    run = {"seed_everything": 3407, "val_every_steps": 250, "train_loss_window": 10, "trainer.max_epochs": 1}
+    expected = run | flatten({"model": recipe, "data": data})
+    assert {key: settings[key] for key in expected} == expected
+    assert 12_000 / settings["data.batch_size"] == 1_500
+    assert lab_run(settings, published())[1] == []  # what a report calls the lab's settings are these
+
+
+@pytest.mark.parametrize("overlay", ["embedded.yaml", "chitchat.yaml"])
+@pytest.mark.parametrize("name", [*LAB, "lab_grid.yaml"])
+def test_a_sample_is_trained_on_as_without_the_labs_split(name: str, overlay: str) -> None:
+    settings = merged(name, overlay)
+    own = merged(overlay)
+    assert {key for key in own if settings[key] != own[key]} <= {
+        "model.lr",
+        "model.r",
+        "model.alpha",
+        "data.on_bad_row",
+    }
+    assert (settings["model.warmup_steps"], settings["data.split_seed"], settings["train_loss_window"]) == (
+        5,
+        3407,
+        None,
+    )
+
+
+def test_nothing_of_the_lab_binds_a_users_own_data() -> None:
+    settings = merged()
+    assert (settings["data.rows"], settings["data.split"], settings["data.on_bad_row"]) == (
+        None,
+        [0.8, 0.1, 0.1],
+        "error",
+    )
+    assert (settings["data.split_method"], settings["model.hf_eval_batch_size"]) == ("permutation", 8)
+
+
+def test_headers_say_what_the_lab_reached() -> None:
+    for run, name in zip(published()["runs"], [*LAB, "llama-3.2-3b.yaml"], strict=True):
+        header = "".join(line for line in find_config(name).read_text().splitlines() if line.startswith("#"))
+        for split in ("validation", "test"):
+            there = f"{split} loss ({'val' if split == 'validation' else 'test'}_loss_hf) of "
+            assert (f"{there}{run[split][-1]:.6f}" if split in run else f"no {split} loss") in header
 
 
 class TestFindConfig:

@@ -120,7 +120,7 @@ class TestNotebook:
             assert {key: settings[key] for key in asked.keys() - free} == {
                 key: value for key, value in asked.items() if key not in free
             }
-        assert namespace["every"] == defaults["val_every_steps"]
+        assert (namespace["every"], namespace["window"]) == (defaults["val_every_steps"], best["train_loss_window"])
 
     def test_its_format(self) -> None:
         """What nbformat's schema of 4.5 demands, and no outputs."""

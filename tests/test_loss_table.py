@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lightning_lab.loss_table import Loss, lab_table, losses
+from lightning_lab.loss_table import Loss, lab_table, losses, window_note
 from lightning_lab.rundir import MetricsRow, read_metrics
 from tests.experiments.directories import HEADER, train_row, validation_row
 
@@ -21,6 +21,14 @@ def test_the_training_loss_is_the_mean_since_the_validation_before() -> None:
         )
     )
     assert found == [Loss(2, 3.0, 3.5), Loss(3, 1.0, 2.5, 2.25), Loss(4, None, 2.75)]
+
+
+def test_or_the_mean_over_a_window_whatever_the_validations() -> None:
+    trained = [{"step": step, "train_loss": float(loss)} for step, loss in enumerate([8, 4, 2, 1, 3], start=1)]
+    validated = [{"step": step, "val_loss": 0.5} for step in (2, 4, 5)]
+    found = losses(rows(*trained[:2], validated[0], *trained[2:4], validated[1], trained[4], validated[2]), window=3)
+    assert [loss.train_loss for loss in found] == [(8 + 4) / 2, (4 + 2 + 1) / 3, (2 + 1 + 3) / 3]
+    assert window_note(3) == "Training loss: mean over the last 3 steps."
 
 
 def test_the_table_to_the_letter(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ A batch is one optimizer step. Which conversations a step holds is a pure functi
 is cut into micro-batches only decides memory and speed, never the result.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,6 +19,7 @@ from lightning_lab.errors import LabError
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+SplitMethod = Literal["permutation", "lab"]
 
 
 @dataclass(frozen=True)
@@ -34,25 +36,41 @@ class SplitData:
     dropped: dict[int, str]
 
 
-def split_rows(sizes: Sequence[int], rows: int, seed: int, dropped: Mapping[int, str]) -> dict[str, SplitData]:
+def split_rows(
+    sizes: Sequence[int], rows: int, seed: int, dropped: Mapping[int, str], method: SplitMethod = "permutation"
+) -> dict[str, SplitData]:
     """Deal ``rows`` source rows out to the three splits by ``numpy.random.default_rng(seed).permutation``.
 
     Rows are dropped within a split, so that a dropped one moves no other.
+
+    Args:
+        sizes: Of train, validation and test.
+        rows: Number of source rows.
+        seed: Of the permutation.
+        dropped: Source rows that are dropped -> reason.
+        method: ``permutation`` deals it out in that order. ``lab`` splits as ``datasets`` does twice with one seed:
+            what is held out comes first in the permutation, and is permuted again; the test split comes first in that.
+
     """
-    order = np.random.default_rng(seed).permutation(rows).tolist()
+    order = np.random.default_rng(seed).permutation(rows)
+    if method == "lab":
+        train, validation, test = sizes
+        held_out, rest = np.split(order, [validation + test])
+        held_out = held_out[np.random.default_rng(seed).permutation(len(held_out))]
+        order = np.concatenate([rest[:train], held_out[test:], held_out[:test]])
     splits: dict[str, SplitData] = {}
     for name, size, end in zip(SPLITS, sizes, np.cumsum(sizes).tolist(), strict=True):
-        mine = order[end - size : end]
+        mine = order[end - size : end].tolist()
         kept = np.array([row for row in mine if row not in dropped], dtype=np.int64)
         splits[name] = SplitData(kept, {row: dropped[row] for row in mine if row in dropped})
     return splits
 
 
-def split_sizes(split: Sequence[int | float], rows: int, source: str) -> list[int]:
+def split_sizes(split: Sequence[int | float], rows: int, source: str, method: SplitMethod = "permutation") -> list[int]:
     """Turn counts or fractions into the sizes of train, validation and test.
 
     Fractions (a sum of at most 1) round validation and test to the nearest whole row and give the rest of their
-    share to train.
+    share to train. Under ``lab`` they round as in ``datasets``: up where rows are held out, and of those for test.
 
     Raises:
         LabError: Not three numbers, all of them 0, or more rows asked for than there are.
@@ -62,6 +80,11 @@ def split_sizes(split: Sequence[int | float], rows: int, source: str) -> list[in
     if len(split) != 3 or not sum(split):
         raise LabError(f"data.split is {shown}; give three sizes or three fractions: train, validation, test")
     if sum(split) <= 1 + 1e-9:
+        if method == "lab":
+            share = round(split[1] + split[2], 12)  # 0.2 + 0.1 is a little more than 0.3, and would round up
+            held_out = math.ceil(share * rows)
+            test = math.ceil(split[2] / share * held_out) if share else 0
+            return [min(math.floor(split[0] * rows + 1e-9), rows - held_out), held_out - test, test]
         used = round(sum(split) * rows)
         validation = min(round(split[1] * rows), used)
         test = min(round(split[2] * rows), used - validation)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_lab.data import batching
-from lightning_lab.data.batching import MicroBatch, PromptBatch, SplitData, SplitName, StepBatch
+from lightning_lab.data.batching import MicroBatch, PromptBatch, SplitData, SplitMethod, SplitName, StepBatch
 from lightning_lab.data.conversation import Prompt, RowError, parse_conversation, parse_prompt
 from lightning_lab.data.encoding import ControlTokens, ConversationEncoder, Mask, Truncation, load_tokenizer
 from lightning_lab.data.loading import StepLoader, loading_options
@@ -47,6 +47,8 @@ class ChatDataModule(pl.LightningDataModule):
             network: ``embedded`` (503 short questions and answers) or ``chitchat`` (4,017 long conversations).
         rows: Use the first this many rows; null for all.
         split: Sizes of train, validation and test, as counts or as fractions of the rows.
+        split_method: ``permutation`` deals a permutation of the rows out to train, validation and test; ``lab`` splits
+            as the lab did, by ``datasets``' ``train_test_split`` twice with ``split_seed``.
         split_seed: Seed of the split. Not the run's seed, so that runs with different seeds share their splits.
         eval_split: The split that `validate`, `test` and `predict` read; null for validation, test and test.
         revision: Commit of a Hub data set; null for its newest.
@@ -90,6 +92,7 @@ class ChatDataModule(pl.LightningDataModule):
         source: str = "mlabonne/FineTome-100k",
         rows: int | None = None,
         split: list[int | float] = [0.8, 0.1, 0.1],  # noqa: B006  (read only; shown as the default in --help)
+        split_method: SplitMethod = "permutation",
         split_seed: int = 3407,
         eval_split: SplitName | None = None,
         revision: str | None = None,
@@ -145,7 +148,8 @@ class ChatDataModule(pl.LightningDataModule):
         options = self.hparams
         self._open_tokenizer()
         self.rows = rows = load_rows(self.source, options["rows"], options["revision"])
-        sizes = batching.split_sizes(options["split"], len(rows), self.source)
+        method = options["split_method"]
+        sizes = batching.split_sizes(options["split"], len(rows), self.source, method)
         if progress and not self.encoder.template.end_of_turn:
             print(
                 f"warning: data.template {options['template']} writes no control token after an answer, so the model "
@@ -155,7 +159,7 @@ class ChatDataModule(pl.LightningDataModule):
         if progress and len(rows) < rows.total:
             print(f"data.rows: the first {len(rows):,} of {rows.total:,} rows are used", file=sys.stderr)
         self.tokenized = tokenize_rows(rows, self.encoder, on_bad_row=options["on_bad_row"], progress=progress)
-        self.splits = batching.split_rows(sizes, len(rows), options["split_seed"], self.tokenized.dropped)
+        self.splits = batching.split_rows(sizes, len(rows), options["split_seed"], self.tokenized.dropped, method)
 
     def _open_tokenizer(self) -> None:
         options = self.hparams
@@ -333,5 +337,6 @@ class ChatDataModule(pl.LightningDataModule):
                 }
                 for name, split in self.splits.items()
             },
+            "split_method": self.hparams["split_method"],
             "split_seed": self.hparams["split_seed"],
         }

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from lightning_lab.data.batching import pack
+from lightning_lab.experiments.reference import lab_peak_gib
+from lightning_lab.files import flatten
 from lightning_lab.models.base import load_config
 from lightning_lab.models.memory import MIB, peak_parts, possible_modes, trainable_parameters
 from lightning_lab.rundir import METRICS, MetricsRow, newest_run, read_metrics
@@ -45,6 +47,8 @@ def plan_command(cli: Any) -> None:
         cli.trainer.strategy.root_device,
         read_metrics(earlier / METRICS)[0] if earlier else (),
     )
+    if gib := lab_peak_gib(flatten({"model": settings, "data": data.hparams})):
+        planned[f"peak memory that the lab's T4 reserved, as it published: {gib} GB"] = gib * 2**30
     print(json.dumps(planned, indent=2) if cli.settings.json else show(planned))
 
 

@@ -39,8 +39,8 @@ def write_report(summary: Summary, out: Path) -> None:
     """
     panels = {plots.OF_RUNS: [plots.curve(run.name, run.metrics) for run in summary.runs]}
     if lab := summary.reference:
-        curves = panels[f"{lab['label']}; thin: mean of 250 steps"] = []
-        for run in lab["runs"]:
+        curves = panels[f"{lab['label']}; thin: mean of {lab['train_loss_window']} steps"] = []
+        for run in (run for run in lab["runs"] if "validation" in run):
             train, validation = (list(zip(lab["steps"], run[key], strict=True)) for key in ("train", "validation"))
             curves.append(plots.Curve(run["name"], train, validation))
     try:
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="*", type=Path, help="run, sweep, or folder of both")
     add("--json", action="store_true", help="one JSON object with everything, unrounded; no files without --out")
-    add("--reference", choices=("seed",), help="the lab's published losses beside: seed (four runs of its experiment)")
+    add("--reference", choices=("seed",), help="the lab's published losses beside: seed (its experiment)")
     add(
         "--compare", nargs=2, metavar=("A", "B"), help="only compare two runs: directories, or names among those of RUN"
     )

@@ -45,6 +45,7 @@ class Run:
         state: ``empty`` (nothing recorded), ``running``, ``stopped`` (crashed, killed or interrupted) or ``finished``.
         described_state: In words, with how far the run is.
         best: The validation with the lowest loss, the first of equal ones, as `fit` chooses ``best.ckpt``.
+        train_loss_window: Steps behind a training loss of the table; None for those since the row before.
         losses: The lab's table.
         seconds: Time in optimizer steps; validations, samples and saving are not in it.
         tokens_per_second: Real tokens of all steps over their time.
@@ -100,7 +101,9 @@ class Run:
 
         finite = [row for row in validation if math.isfinite(row["val_loss"])]
         self.best = min(finite, key=lambda row: row["val_loss"], default=None)
-        self.losses = losses(self.metrics)
+        window = self.config.get("train_loss_window")
+        self.train_loss_window = window if isinstance(window, int) and window > 0 else None
+        self.losses = losses(self.metrics, self.train_loss_window)
         timed = [row for row in train if row.get("tokens_per_second")]
         self.seconds = sum(row.get("tokens", 0.0) / row["tokens_per_second"] for row in timed)
         tokens = sum(row.get("tokens", 0.0) for row in timed)

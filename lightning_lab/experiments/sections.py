@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_lab.experiments.compare import Comparison, Interval
+from lightning_lab.experiments.reference import as_published, lab_run, less_published
 from lightning_lab.experiments.runs import REPORT_FILES, SEED, Run
 from lightning_lab.experiments.summary import Summary
-from lightning_lab.loss_table import Loss, lab_table
+from lightning_lab.loss_table import Loss, lab_table, window_note
 from lightning_lab.tables import NONE, Table, escape, numbers
 
 Block = str | Table
@@ -91,12 +92,12 @@ def _loss_tables(runs: Sequence[Run]) -> list[Block]:
     if not tables:
         return ["No run has a validation yet."]
     blocks: list[Block] = [
-        "Training loss: mean over the steps since the row before. Validation loss: weighted by tokens."
+        "Validation loss: weighted by tokens. Training loss: a mean over the steps named below each run's own table."
     ]
     if len(tables) > 1:
         blocks += ["### All runs: training loss / validation loss", _side_by_side(tables)]
-    for name, table in tables.items():
-        blocks += [f"### {escape(name)}", table]
+    for run in (run for run in runs if run.name in tables):
+        blocks += [f"### {escape(run.name)}", tables[run.name], window_note(run.train_loss_window)]
     return blocks
 
 
@@ -110,18 +111,22 @@ def _side_by_side(tables: Mapping[str, Table]) -> Table:
 
 
 def _reference(runs: Sequence[Run], lab: Mapping[str, Any]) -> list[Block]:
-    tables = {}
-    for run in runs:
-        if run.losses:
-            tables[run.name] = lab_table(loss._replace(val_loss=loss.val_loss_hf) for loss in run.losses)
-    for column in lab["runs"]:
-        tables[column["name"]] = lab_table(map(Loss, lab["steps"], column["train"], column["validation"]))
-    text = (
-        f"Columns that begin with lab: {lab['label']}. Its validation losses are Hugging Face's mean of batch means at "
-        "batch size 8, so the runs' `val_loss_hf`, the same figure, stands beside them here."
-    )
-    title = "### Training loss / validation loss as Hugging Face prints it"
-    return ["## Beside the lab's numbers", title, _side_by_side(tables), text]
+    steps, window, noise = lab["steps"], lab["train_loss_window"], lab["noise"]
+    found = {run.name: lab_run(run.config, lab) for run in runs}
+    blocks: list[Block] = ["## Beside the lab's numbers"]
+    for split in ("validation", "test"):
+        tables = {}
+        for run in runs:
+            if own := as_published(run, split, window):
+                tables[run.name] = lab_table(own)
+            if left := less_published(own, split, found[run.name][0], steps):
+                tables[f"{run.name} less {found[run.name][0]['name']} ({noise})"] = lab_table(left)
+        for column in lab["runs"]:
+            if split in column:
+                tables[column["name"]] = lab_table(map(Loss, steps, column["train"], column[split]))
+        blocks += [f"### Training loss / {split} loss as Hugging Face prints it", _side_by_side(tables)]
+    notes = [f"{name} is set otherwise than the lab: {', '.join(keys)}" for name, (_, keys) in found.items() if keys]
+    return [*blocks, _items([f"Columns that begin with lab: {lab['label']}. {lab['measured']}", *notes])]
 
 
 def _seeds(groups: Sequence[Mapping[str, Any]]) -> list[Block]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.compare import compare
+from lightning_lab.experiments.reference import published
 from lightning_lab.experiments.runs import SEED, SWEEP_FILE, Run, differing_settings, read_sweep, run_directories
 from lightning_lab.files import flatten, read_yaml
 
@@ -37,7 +38,7 @@ class Summary:
         split: On which runs are compared.
         comparisons: Each other run against the first.
         not_compared: Why those that are not compared cannot be.
-        reference: The lab's losses: ``label``, ``steps`` and ``runs`` with ``name``, ``train`` and ``validation``.
+        reference: The lab's numbers, where they are asked for: see `reference.published`.
 
     Raises:
         LabError: Nothing at all could be read.
@@ -55,7 +56,7 @@ class Summary:
         self.seeds = over_seeds(self.runs, [key for key in self.settings if key != SEED])
         self.split = split
         self.comparisons, self.not_compared = compare([run for run in self.runs if run.best], split)
-        self.reference = read_yaml(Path(__file__).with_name("published.yaml")) if reference else None
+        self.reference = published() if reference else None
 
     def record(self) -> dict[str, Any]:
         """Everything, unrounded, for JSON."""

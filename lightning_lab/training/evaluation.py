@@ -10,8 +10,6 @@ from torch import Tensor
 
 from lightning_lab.data.batching import MicroBatch
 
-HF_BATCH_SIZE = 8
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -22,6 +20,7 @@ class Evaluation:
         nll: ``[C]`` float64, its summed negative log-likelihood in nats.
         tokens: ``[C]`` int64, its supervised tokens.
         correct: ``[C]`` int64, those of them that were the most likely token.
+        hf_batch_size: Conversations in the batches that `loss_hf` imitates.
 
     """
 
@@ -29,6 +28,7 @@ class Evaluation:
     nll: Tensor
     tokens: Tensor
     correct: Tensor
+    hf_batch_size: int = 8  # Hugging Face's default
 
     @property
     def loss(self) -> float:
@@ -37,11 +37,11 @@ class Evaluation:
 
     @property
     def loss_hf(self) -> float:
-        """Sample-weighted mean of batch means at batch size 8 in sequential order, as Hugging Face's trainer prints.
+        """Sample-weighted mean of the means of batches in sequential order, as Hugging Face's trainer prints.
 
         Not token-weighted, and different for another batch size: only for comparison with published tables.
         """
-        nll, tokens = self.nll.split(HF_BATCH_SIZE), self.tokens.split(HF_BATCH_SIZE)
+        nll, tokens = self.nll.split(self.hf_batch_size), self.tokens.split(self.hf_batch_size)
         means = torch.stack([n.sum() / t.sum() for n, t in zip(nll, tokens, strict=True)])
         sizes = torch.tensor([len(n) for n in nll], dtype=means.dtype)
         return ((means * sizes).sum() / sizes.sum()).item()
@@ -82,7 +82,7 @@ class EvaluationSums:
         self._device.append((sums, hits))
         self._host += zip(batch.documents, batch.rows, batch.target_counts, strict=True)
 
-    def evaluation(self, world_size: int) -> Evaluation:
+    def evaluation(self, world_size: int, hf_batch_size: int = 8) -> Evaluation:
         """Return what all processes found."""
         sums, hits = (torch.cat(parts).tolist() for parts in zip(*self._device, strict=True))
         found = [(*host, nll, correct) for host, nll, correct in zip(self._host, sums, hits, strict=True)]
@@ -96,4 +96,5 @@ class EvaluationSums:
             nll=torch.tensor(nll, dtype=torch.float64),
             tokens=torch.tensor(tokens),
             correct=torch.tensor(correct),
+            hf_batch_size=hf_batch_size,
         )

@@ -62,6 +62,7 @@ class QLoRAModule(Lifecycle):
             dequantising in every pass, for the memory of a 16-bit base.
         compile: Compile each decoder layer with ``torch.compile``, once for all lengths; takes a minute or two at the
             first step and at the first validation. Same results to rounding.
+        hf_eval_batch_size: Conversations in the batches whose means ``val_loss_hf`` and ``test_loss_hf`` average.
         max_new_tokens: Longest answer that `predict` writes.
         temperature: Of `predict`; 0 takes the most likely token each time, else the base's own top_p and top_k apply.
         seed: Seed of the adapters' initial values. Set from ``seed_everything``.
@@ -94,6 +95,7 @@ class QLoRAModule(Lifecycle):
         fused_linear: bool = True,
         cache_dequantised: bool = False,
         compile: bool = False,
+        hf_eval_batch_size: int = 8,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 3407,
@@ -310,7 +312,7 @@ class QLoRAModule(Lifecycle):
     @override
     def on_validation_epoch_end(self) -> None:
         """Log the split's token-weighted figures."""
-        self.evaluation = self._sums.evaluation(self.trainer.world_size)
+        self.evaluation = self._sums.evaluation(self.trainer.world_size, self.settings.hf_eval_batch_size)
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._log({"step": self.completed_steps})
             self._validated_step = self.completed_steps
@@ -321,7 +323,7 @@ class QLoRAModule(Lifecycle):
     @override
     def on_test_epoch_end(self) -> None:
         """Log the split's token-weighted figures."""
-        self.evaluation = self._sums.evaluation(self.trainer.world_size)
+        self.evaluation = self._sums.evaluation(self.trainer.world_size, self.settings.hf_eval_batch_size)
         self._log(self.evaluation.figures("test"))
 
     @override

@@ -22,6 +22,7 @@ RANGES = {
     "eps": (1e-30, 1.0),
     "warmup_steps": (0, 10**9),
     "max_grad_norm": (1e-12, 1e12),
+    "hf_eval_batch_size": (1, 10**9),
     "max_new_tokens": (1, 1_000_000),
     "temperature": (0.0, 1e3),
     "seed": (0, 2**32 - 1),

@@ -48,7 +48,7 @@ def results(folder: Path, args: list[str], options: tuple[str, ...]) -> dict[str
     made = folder / "run"
     return {
         "metrics": [{k: v for k, v in row.items() if v} for row in metrics(made)],
-        "losses": (made / "losses.md").read_text().splitlines(),
+        "losses": [line for line in (made / "losses.md").read_text().splitlines() if line.startswith("|")],
         "samples": hashlib.sha256((made / "samples.md").read_bytes()).hexdigest(),
         "adapters": {name: digest(adapter(made, name)) for name in ("last", "best")},
         "test": {k: v for k, v in json.loads((made / "test.json").read_text()).items() if isinstance(v, int | float)},

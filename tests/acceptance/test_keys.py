@@ -35,7 +35,8 @@ def numeric_keys(function: Any) -> set[str]:
     return {name for name in inspect.signature(function).parameters if is_number(hints.get(name))}
 
 
-OWN = {"val_every_steps", "checkpoint_every_steps", "early_stopping", "samples", "sample_tokens", "seed_everything"}
+OWN = {"val_every_steps", "checkpoint_every_steps", "train_loss_window", "early_stopping", "samples", "sample_tokens"}
+OWN |= {"seed_everything"}
 MODEL = numeric_keys(module.QLoRAModule.__init__)
 DATA = numeric_keys(datamodule.ChatDataModule.__init__)
 

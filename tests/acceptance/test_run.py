@@ -44,6 +44,7 @@ def test_the_run_directory(run: Path, tiny_args: list[str]) -> None:
     table = [line for line in table if "(base)" not in line]
     assert table[2].startswith(f"| 10 | {sum(losses[:10]) / 10:.4f} |")
     assert table[4].startswith(f"| 26 | {sum(losses[20:]) / 6:.4f} |")
+    assert table[5:] == ["", "Training loss: mean over the steps since the row before."]
     environment = json.loads((run / "environment.json").read_text())
     assert environment["seed"] == 3407
     assert environment["data"]["splits"]["train"]["conversations"] == 50
@@ -86,18 +87,23 @@ def test_hugging_faces_trainer_agrees_on_its_validation_loss(run: Path, tiny_bas
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     model = _plain_peft(run, tiny_base)
-    trainer = Trainer(
-        model,
-        TrainingArguments(tmp_path / "hf", per_device_eval_batch_size=8, report_to="none", use_cpu=True),
-        data_collator=DataCollatorForSeq2Seq(load_tokenizer(str(tiny_base))),
-    )
+
+    def evaluate(batch: int) -> float:
+        options = TrainingArguments(tmp_path / "hf", per_device_eval_batch_size=batch, report_to="none", use_cpu=True)
+        collator = DataCollatorForSeq2Seq(load_tokenizer(str(tiny_base)))
+        loss: float = Trainer(model, options, data_collator=collator).evaluate(examples)["eval_loss"]
+        return loss
+
     pairs = _validation_examples(run, tiny_base)
     examples = [{"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)} for ids, labels in pairs]
     assert len(examples) == 17  # two batches of eight and one of one
     ours = {float(r["val_loss"]): float(r["val_loss_hf"]) for r in metrics(run) if r["val_loss"]}
     best = ours[min(ours)]
-    assert trainer.evaluate(examples)["eval_loss"] == pytest.approx(best, abs=1e-5)
-    assert abs(min(ours) - best) > 1e-4  # the two definitions differ on these rows
+    assert evaluate(8) == pytest.approx(best, abs=1e-5)
+    lab("validate", f"--run_dir={run}", "--ckpt_path=best", "--model.hf_eval_batch_size=2")
+    in_pairs = json.loads((run / "validation.json").read_text())["validation_loss_hf"]
+    assert evaluate(2) == pytest.approx(in_pairs, abs=1e-5)
+    assert min(abs(min(ours) - best), abs(best - in_pairs)) > 1e-4  # the three definitions differ on these rows
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [64, 4096])
@@ -187,7 +193,8 @@ def test_a_null_setting_is_read_back_as_null(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["data.split_seed=1", "data.split=[40,20,20]", "model.alpha=5", "model.base=embedded"]
+    "change",
+    ["data.split_seed=1", "data.split=[40,20,20]", "data.split_method=lab", "model.alpha=5", "model.base=embedded"],
 )
 def test_held_out_rows_are_those_of_the_run(run: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
     capsys.readouterr()

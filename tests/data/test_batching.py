@@ -1,3 +1,6 @@
+from typing import Any
+
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -5,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities import move_data_to_device
 
-from lightning_lab.data.batching import StepBatch, collate, epoch_order, pack, share, split_sizes
+from lightning_lab.data.batching import StepBatch, collate, epoch_order, pack, share, split_rows, split_sizes
 from lightning_lab.errors import LabError
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
@@ -120,3 +123,47 @@ class TestSplitSizes:
         sizes = split_sizes([0, 0.5, 0.5], rows, "x")
         assert min(sizes) >= 0
         assert sum(sizes) == rows
+
+
+class TestTheLabsSplit:
+    """Against ``datasets`` itself, split twice with one seed: the second split's train rows are for validation."""
+
+    @staticmethod
+    def twice(rows: int, held_out: float, test: float, train: float | None = None) -> list[list[int]]:
+        numbered = datasets.Dataset.from_dict({"row": range(rows)})
+        first = numbered.train_test_split(test_size=held_out, train_size=train, seed=42)
+        second = first["test"].train_test_split(test_size=test, seed=42)
+        return [list(part["row"]) for part in (first["train"], second["train"], second["test"])]
+
+    @pytest.mark.parametrize(
+        ("rows", "split", "options"),
+        [
+            (15_000, [12_000, 1_500, 1_500], (0.2, 0.5)),
+            (15_000, [0.8, 0.1, 0.1], (0.2, 0.5)),
+            *((rows, [0.8, 0.1, 0.1], (0.2, 0.5)) for rows in (7, 11, 15, 503, 4_017)),
+            *((rows, [0.7, 0.2, 0.1], (0.3, 1 / 3)) for rows in (10, 503)),
+            (101, [0.85, 0.12, 0.03], (0.15, 0.2)),
+            (99, [0.29, 0.35, 0.35], (0.7, 0.5, 0.29)),
+            (50, [20, 7, 5], (12, 5, 20)),
+        ],
+    )
+    def test_is_that_of_datasets(self, rows: int, split: list[int | float], options: Any) -> None:
+        sizes = split_sizes(split, rows, "x", "lab")
+        found = split_rows(sizes, rows, 42, {}, "lab")
+        assert [part.rows.tolist() for part in found.values()] == self.twice(rows, *options)
+
+    def test_a_dropped_row_moves_no_other(self) -> None:
+        whole, less = (split_rows([5, 3, 2], 10, 42, dropped, "lab") for dropped in ({}, {4: "bad"}))
+        for name, part in whole.items():
+            assert less[name].rows.tolist() == [row for row in part.rows.tolist() if row != 4]
+        assert [part.dropped for part in less.values() if part.dropped] == [{4: "bad"}]
+
+    @pytest.mark.parametrize("split", [[1.0, 0, 0], [0.5, 0.5, 0], [0, 0, 1.0], [0.29, 0.71, 0.0], [0.93, 0.07, 0.0]])
+    def test_any_fractions_keep_within_the_rows(self, split: list[float]) -> None:
+        for rows in (1, 9, 100):
+            sizes = split_sizes(split, rows, "x", "lab")
+            assert min(sizes) >= 0
+            assert sum(sizes) <= rows
+            parts = split_rows(sizes, rows, 42, {}, "lab").values()
+            assert [len(part.rows) for part in parts] == sizes
+            assert len({row for part in parts for row in part.rows.tolist()}) == sum(sizes)

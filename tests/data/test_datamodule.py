@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -152,6 +153,16 @@ class TestSplits:
         assert data.splits["validation"].rows.tolist() == order[18:27].tolist()
         assert data.splits["test"].rows.tolist() == order[27:35].tolist()  # five rows are in no split
         assert len(data.rows) == 40  # of 80
+
+    def test_or_as_the_lab_split(self, tiny_base: Path, short_chats: Path) -> None:
+        data = build(tiny_base, short_chats, split_method="lab", split=[0.5, 0.25, 0.25])
+        numbered = datasets.Dataset.from_dict({"row": range(40)}).train_test_split(test_size=0.5, seed=SPLIT_SEED)
+        held_out = numbered["test"].train_test_split(test_size=0.5, seed=SPLIT_SEED)
+        expected = {"train": numbered["train"], "validation": held_out["train"], "test": held_out["test"]}
+        assert {name: s.rows.tolist() for name, s in data.splits.items()} == {
+            n: [*e["row"]] for n, e in expected.items()
+        }
+        assert (data.record()["split_method"], data.record()["split_seed"]) == ("lab", SPLIT_SEED)
 
     def test_the_runs_seed_moves_nothing_and_the_splits_seed_does(
         self, data: ChatDataModule, tiny_base: Path, short_chats: Path

@@ -106,7 +106,14 @@ def write_lab_run(path: Path, losses: Sequence[tuple[int, float, float]], **sett
 
 
 def write_test(
-    path: Path, shift: float = 0.0, *, conversations: int = 30, split: str = "test", step: int = 1500, base: str = ""
+    path: Path,
+    shift: float = 0.0,
+    *,
+    conversations: int = 30,
+    split: str = "test",
+    step: int = 1500,
+    base: str = "",
+    hf: float = 9.0,
 ) -> float:
     """An evaluation whose conversations lose ``shift`` more, give or take; return its loss."""
     rng = np.random.default_rng(0)
@@ -115,6 +122,7 @@ def write_test(
     loss = float((losses * tokens).sum() / tokens.sum())
     record = {
         f"{split}_loss": loss,
+        f"{split}_loss_hf": hf,
         f"{split}_perplexity": math.exp(loss),
         f"{split}_token_accuracy": 0.75 - shift / 10,
         "conversations": conversations,

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from lightning_lab.__main__ import main
+from lightning_lab.configs_lookup import DEFAULTS, configs_dir, find_config
 from lightning_lab.experiments.plan import plan, show, work_of
+from lightning_lab.experiments.reference import lab_peak_gib
+from lightning_lab.files import flatten, read_yaml
 from lightning_lab.models.memory import peak_parts
 from lightning_lab.rundir import MetricsRow
 from tests.models.conftest import llama_3_2
@@ -76,6 +79,14 @@ def test_what_is_shown(
     assert "MiB  heap holes\n" in shown
     assert "tokens per second, measured before: 100\n" in shown
     assert main([*args, "--model.target_modules=[nonsense]"]) == 2
+
+
+def test_the_labs_own_peak_stands_beside_its_settings_alone() -> None:
+    settings = flatten(read_yaml(configs_dir() / DEFAULTS)) | flatten(read_yaml(find_config("lr3e-4_r32.yaml")))
+    assert lab_peak_gib(settings) == 3.018
+    for key, value in (("model.r", 16), ("model.bits", 16), ("data.max_length", 1024), ("model.base", "embedded")):
+        assert lab_peak_gib(settings | {key: value}) is None
+    assert lab_peak_gib(settings | {"model.lr": 2e-4, "model.r": 16, "model.alpha": 16}) is None  # not published
 
 
 def test_known_speed_and_time() -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from lightning_lab.experiments import reference as module
+from lightning_lab.files import read_yaml
 from tests.experiments.directories import (
     BASELINE,
     LR1E_4,
@@ -42,6 +44,15 @@ class TestTables:
         assert "Comparisons" not in output.out
         assert "# Ranking" not in output.out
 
+    def test_the_training_loss_over_a_window(self, tmp_path: Path, report: Any) -> None:
+        write_lab_run(tmp_path / "r" / "ten", BASELINE, train_loss_window=1)
+        write_lab_run(tmp_path / "r" / "since", BASELINE, train_loss_window="?")
+        out = report(tmp_path / "r").out
+        # `lab_rows` has two steps, 0.25 below and above the loss
+        last = "| 1500 | 1.0776 | 0.835800 |\n\nTraining loss: mean over the last 1 steps.\n"
+        since = "| 1500 | 0.8276 | 0.835800 |\n\nTraining loss: mean over the steps since the row before.\n"
+        assert (out.count(last), out.count(since)) == (1, 1)
+
     def test_the_untouched_base_is_row_0(self, lab: Path, report: Any) -> None:
         base = write_test(lab / "baseline", 1.0, split="validation", base="-base", step=0)
         assert f"| 0 (base) | | {base:.6f} |\n| 250 | 0.9648 | 0.879919 |\n" in report(lab / "baseline").out
@@ -77,8 +88,67 @@ class TestTables:
             # the run's own column is its val_loss_hf, which validation_row sets to 9
             assert row[:2] == [str(BASELINE[place][0]), f"{R32[place][1]:.4f} / 9.000000"]
             assert row[2:] == [f"{run[place][1]:.4f} / {run[place][2]:.6f}" for run in published]
+        _, tested = output.table("Training loss / test loss as Hugging Face prints it")
+        assert tested[5] == [
+            *("1500", "0.8276 / 0.819001", "0.8245 / 0.812596", "0.7045 / 0.695843"),  # the run was not tested
+        ]
+        assert " less lab" not in output.out  # nor is its base known
         assert "published by the lab (Llama 3.2, FineTome-100k, Unsloth; not measured here)" in output.out
         assert "published by the lab" not in report(lab / "lr3e-4_r32").out
+
+
+@pytest.mark.usefixtures("_only_text")
+class TestBesideTheLab:
+    NOISE = "a repeated run differs by about 0.0001, another split by 0.017"
+    VALIDATION, TEST = (f"Training loss / {split} loss as Hugging Face prints it" for split in ("validation", "test"))
+
+    @staticmethod
+    def lab_run(path: Path, rows: list[str], base: str = "unsloth/Llama-3.2-1B-Instruct", **settings: Any) -> Path:
+        return write_run(path, rows, total=1500, model__base=base, model__lr=3e-4, **settings)
+
+    def test_differences_are_of_like_figures_at_like_steps(self, tmp_path: Path, report: Any) -> None:
+        rows = [train_row(step, 9.0 if step <= 1490 else 0.82) for step in range(1480, 1501)]  # the last ten: 0.82
+        rows = [train_row(250, 1.0), validation_row(250, 7.0, 0.9), *rows, validation_row(1500, 7.0, 0.83)]
+        run = self.lab_run(tmp_path / "mine", [*rows, validation_row(1501, 7.0, 0.5)])
+        write_test(run, hf=0.81)
+        output = report(run, "--reference", "seed")
+        headings, cells = output.table(self.VALIDATION)
+        assert headings[:3] == ["step", "mine", f"mine less lab: lr 3e-4, r 16, alpha 16 ({self.NOISE})"]
+        # against 0.9643 / 0.878334 and 0.8245 / 0.829798; there is no published step 1,501
+        assert [row[:3] for row in cells if row[1]] == [
+            ["250", "1.0000 / 0.900000", "0.0357 / 0.021666"],
+            ["1500", "0.8200 / 0.830000", "-0.0045 / 0.000202"],
+            ["1501", "0.8200 / 0.500000", ""],
+        ]
+        headings, cells = output.table(self.TEST)
+        assert headings[2].endswith(f"({self.NOISE})")
+        assert [row[:3] for row in cells if row[1]] == [["1500", "0.8200 / 0.810000", "-0.0045 / -0.002596"]]
+
+    def test_what_is_set_otherwise_is_named(self, tmp_path: Path, report: Any) -> None:
+        settings = read_yaml(Path(module.__file__).with_name("published.yaml"))["settings"]
+        as_the_lab = {key.replace(".", "__"): value for key, value in settings.items()}
+        self.lab_run(tmp_path / "r" / "same", lab_rows(LR3E_4), **as_the_lab)
+        self.lab_run(tmp_path / "r" / "other", lab_rows(LR3E_4), **as_the_lab | {"model__hf_eval_batch_size": 8})
+        output = report(tmp_path / "r", "--reference", "seed")
+        assert "* other is set otherwise than the lab: model.hf_eval_batch_size\n" in output.out
+        assert "same is set otherwise" not in output.out
+
+    @pytest.mark.parametrize(
+        ("base", "like"),
+        [
+            ("/models/Llama-3.2-1B-Instruct/", "lab: lr 3e-4, r 16, alpha 16"),
+            ("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit", "lab: lr 3e-4, r 16, alpha 16"),
+            ("meta-llama/Llama-3.2-3B-Instruct", "lab: Llama-3.2-3B, lr 3e-4, r 16"),
+            *(("embedded", None), ("meta-llama/Llama-3.2-1B", None)),
+        ],
+    )
+    def test_the_base_is_the_labs(self, tmp_path: Path, report: Any, base: str, like: str | None) -> None:
+        run = self.lab_run(tmp_path / "mine", lab_rows(LR3E_4), base)
+        write_test(run, hf=0.7)
+        headings, _ = report(run, "--reference", "seed").table(self.TEST)
+        assert [name.partition(" (")[0] for name in headings if " less " in name] == (
+            [f"mine less {like}"] if like else []
+        )
 
 
 @pytest.mark.usefixtures("_only_text")

@@ -1,6 +1,7 @@
 """Figures of an evaluation by hand, whatever the packing."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,6 +21,10 @@ def test_loss_is_weighted_by_tokens_and_hf_loss_by_samples() -> None:
     assert math.isclose(figures["test_token_accuracy"], 41 / 92)
     first, second = 170 / 90, 6 / 2
     assert math.isclose(figures["test_loss_hf"], (8 * first + 1 * second) / 9)
+    # in batches of two: the first conversation with one of the others, three of 20 / 20, and the last alone
+    in_pairs = replace(result, hf_batch_size=2).figures("test")
+    assert math.isclose(in_pairs.pop("test_loss_hf"), (2 * 110 / 30 + 3 * 2 * 1 + 1 * second) / 9)
+    assert in_pairs.items() <= figures.items()
 
 
 def test_sums_do_not_depend_on_the_packing_and_keep_the_splits_order() -> None:
@@ -50,4 +55,6 @@ def test_one_conversation_is_still_a_list() -> None:
     sums.add(batch, torch.tensor([1.0, 2.0]), torch.tensor([True, False]))
     result = sums.evaluation(world_size=1)
     assert result.loss == result.loss_hf == 1.5
+    assert result.hf_batch_size == 8
+    assert sums.evaluation(1, hf_batch_size=2).hf_batch_size == 2
     assert result.rows.tolist() == [9]

@@ -22,6 +22,7 @@ def run_directory(
     run_dir: str | Path,
     *,
     checkpoint_every_steps: int | None = None,
+    train_loss_window: int | None = None,
     samples: int = 3,
     sample_tokens: int = 64,
     name: str | None = None,
@@ -39,6 +40,8 @@ def run_directory(
         run_dir: The directory.
         checkpoint_every_steps: Save last.ckpt every this many optimizer steps; null for at least once a minute. It is
             also saved before the first step and around each validation.
+        train_loss_window: ``losses.md`` shows the mean training loss over this many steps before each row; null for all
+            steps since the row before.
         samples: Validation prompts answered at each validation.
         sample_tokens: Longest of these answers.
         name: The run's name; that of the directory by default.
@@ -49,8 +52,8 @@ def run_directory(
     """
     path = Path(run_dir).expanduser()
     return [
-        RunRecord(path, name or path.name, config, command or sys.argv),
-        Results(path),
+        RunRecord(path, name or path.name, config, command or sys.argv, train_loss_window),
+        Results(path, train_loss_window),
         Samples(path, samples, sample_tokens),
         PredictionWriter(Path(predictions) if predictions else path / "predictions.jsonl"),
         Checkpoints(path, checkpoint_every_steps),

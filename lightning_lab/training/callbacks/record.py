@@ -35,11 +35,14 @@ class RunRecord(pl.Callback):
         name: The run's name, for ``environment.json``.
         config: The resolved config; None for the settings of module and data module.
         command: The command line, for ``environment.json``.
+        window: Steps behind a training loss of ``losses.md``; None for those since the row before.
 
     """
 
-    def __init__(self, run_dir: Path, name: str, config: Mapping[str, Any] | None, command: Sequence[str]) -> None:
-        self.run_dir = run_dir
+    def __init__(
+        self, run_dir: Path, name: str, config: Mapping[str, Any] | None, command: Sequence[str], window: int | None
+    ) -> None:
+        self.run_dir, self.window = run_dir, window
         self.name = name
         self.config = config
         self.command = list(command)
@@ -118,6 +121,7 @@ class RunRecord(pl.Callback):
             linked = {"seed", "tokenizer", "tokenizer_revision"}  # to other keys of the command line
             sections = {name: {key: own[name][key] for key in own[name] if key not in linked} for name in own}
             given = {"seed_everything": module.settings.seed, **sections, "run_dir": str(self.run_dir)}
+            given["train_loss_window"] = self.window
         return {
             key: {name: own[key].get(name, was) for name, was in value.items()} if key in own else value
             for key, value in given.items()
@@ -137,7 +141,7 @@ class RunRecord(pl.Callback):
             assert pl_module.evaluation
             row = {"step": pl_module.completed_steps, **pl_module.evaluation.figures("val")}
             rundir.append_metrics(self.run_dir / rundir.METRICS, row)
-            write_losses(self.run_dir)
+            write_losses(self.run_dir, self.window)
 
     @override
     def teardown(self, *args: Any, **options: Any) -> None:
@@ -148,13 +152,14 @@ class RunRecord(pl.Callback):
     on_exception = teardown  # Lightning calls no teardown then: else a notebook's next fit would find the run locked
 
 
-def write_losses(run_dir: Path) -> None:
+def write_losses(run_dir: Path, window: int | None) -> None:
     """Write ``losses.md`` and ``loss_curve.png`` from ``metrics.csv`` and the base's validation."""
-    from lightning_lab.loss_table import lab_table, losses
+    from lightning_lab.loss_table import lab_table, losses, window_note
     from lightning_lab.plots import loss_curve
 
     rows = rundir.read_metrics(run_dir / rundir.METRICS)[0]
-    files.write_whole(run_dir / rundir.LOSSES, lab_table(losses(rows), rundir.base_loss(run_dir)).markdown() + "\n")
+    table = lab_table(losses(rows, window), rundir.base_loss(run_dir)).markdown()
+    files.write_whole(run_dir / rundir.LOSSES, f"{table}\n\n{window_note(window)}\n")
     try:
         loss_curve(rows, run_dir / rundir.CURVE, run_dir.name)
     except Exception as error:  # a picture never stops a run, whatever a plotting library makes of fonts and caches

@@ -21,11 +21,12 @@ class Results(pl.Callback):
 
     Args:
         run_dir: Directory to write to; made if it is not there.
+        window: As of `RunRecord`, to whose table the base's row is added.
 
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, window: int | None) -> None:
+        self.run_dir, self.window = run_dir, window
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
@@ -55,7 +56,7 @@ class Results(pl.Callback):
         lines = [f"{row},{nll / tokens!r},{tokens}\r\n" for row, nll, tokens in examples]
         files.write_whole(self.run_dir / f"{name}_examples.csv", "".join(["row,loss,supervised_tokens\r\n", *lines]))
         if name == "validation-base" and (self.run_dir / rundir.METRICS).exists():
-            write_losses(self.run_dir)  # the base becomes its first row
+            write_losses(self.run_dir, self.window)  # the base becomes its first row
         print(results_table(self.run_dir).markdown())
         print(f"written: {self.run_dir / name}.json, {name}_examples.csv", file=sys.stderr)
 
