@@ -1,62 +1,38 @@
 """One row of a chat data set -> a checked `Conversation`, and its last answer."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
+from lightning_lab.data import turns
+from lightning_lab.data.turns import HARMLESS, Message, RowError, or_error
 from lightning_lab.errors import LabError
 
-Role = Literal["system", "user", "assistant", "tool"]
+__all__ = [
+    "Conversation",
+    "Message",
+    "Prompt",
+    "RowError",
+    "RowFormat",
+    "or_error",
+    "parse_conversation",
+    "parse_prompt",
+]
 
-# The names that public ShareGPT, OpenAI-style and OpenAssistant data sets give to the four roles.
-_ROLES: dict[str, Role] = {
-    **dict.fromkeys(("system", "developer", "context"), "system"),
-    **dict.fromkeys(("user", "human", "prompter", "question", "instruction"), "user"),
-    **dict.fromkeys(
-        ("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "bing", "bard", "claude", "ai", "answer"),
-        "assistant",
-    ),
-    # A call is written by the model, its result by the tool.
-    **dict.fromkeys(("function_call", "function-call", "tool_call", "tool_calls"), "assistant"),
-    **dict.fromkeys(
-        ("tool", "function", "observation", "ipython", "function_response", "function-response", "tool_response"),
-        "tool",
-    ),
-}
+EmptyAnswers = Literal["refuse", "keep"]
 
-
-class RowError(LabError):
-    """A row that cannot be learned from; it may stand in the row's place, so that the rows after it keep their index.
-
-    The message is the reason alone; the caller adds file and row.
-    """
-
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def or_error(function: Callable[[Item], Result], item: Item | RowError) -> Result | RowError:
-    """Apply a function; a `RowError` that it raises, or that stands in the item's place, is the result."""
-    if isinstance(item, RowError):
-        return item
-    try:
-        return function(item)
-    except RowError as error:
-        return error
-
-
-# Named tuples, as Lightning, which looks for tensors inside the results of a prediction, refuses frozen dataclasses.
-class Message(NamedTuple):
-    """One turn."""
-
-    role: Role
-    content: str
+_TURNS = ("conversations", "messages")
+_QUESTIONS, _INPUTS, _ANSWERS = ("prompt", "instruction"), ("input", "context"), ("completion", "output", "response")
+_SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools", "functions")
+_ROW_KEYS = {*_TURNS, *_SYSTEM, *_TOOLS}
+_PAIR_KEYS = {*_QUESTIONS, *_INPUTS, *_ANSWERS, "history"}
 
 
 class Conversation(NamedTuple):
-    """The turns of one row: at most one system message, and that first."""
+    """The turns of one row, of which only the first may be a system message, and the tools that may be called."""
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 class Prompt(NamedTuple):
@@ -75,72 +51,121 @@ class Prompt(NamedTuple):
 
     @classmethod
     def of(cls, row: int, conversation: Conversation) -> "Prompt | None":
-        """Cut before the last assistant turn; None when the conversation begins with it."""
+        """Cut before the last answer that is learned; None when the conversation begins with it."""
         messages = conversation.messages
-        last = max(i for i, message in enumerate(messages) if message.role == "assistant")
-        return cls(row, Conversation(messages[:last]), messages[last].content) if last else None
+        last = max(i for i, message in enumerate(messages) if message.role == "assistant" and message.weight)
+        return cls(row, conversation._replace(messages=messages[:last]), messages[last].answer) if last else None
 
 
-def parse_conversation(row: Mapping[str, Any] | RowError) -> Conversation:
-    """Read a row in ShareGPT, `messages` or Alpaca format, recognised by its keys.
+@dataclass(frozen=True)
+class RowFormat:
+    """What rows mean where their keys alone do not say.
 
-    * ``conversations`` or ``messages``: a list of turns, each with ``from``/``value`` or ``role``/``content``;
-    * ``instruction``, ``output`` and optionally ``input``, which follows the instruction after an empty line.
-
-    A ``system`` text beside any of them becomes the leading system message. Consecutive turns of one role and
-    empty answers are allowed.
+    Args:
+        ignore: Keys of rows and turns to leave out, whatever they mean.
+        columns: The rows' column for each key of ours that goes by another name there.
+        empty_answers: ``refuse`` takes a row with an empty answer for a bad one, ``keep`` trains its end-of-turn token.
 
     Raises:
-        RowError: The row is one, has none of these formats or no assistant turn, or a turn is malformed; the reason
-            names the turn, counted from 1.
+        LabError: A key of ``columns`` is none of ours.
 
     """
-    conversation = _parse(row, answered=True)
-    if not any(message.role == "assistant" for message in conversation.messages):
-        raise RowError("no assistant turn, so there is nothing to learn")
+
+    ignore: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+    empty_answers: EmptyAnswers = "refuse"
+
+    def __post_init__(self) -> None:
+        keys = _ROW_KEYS | _PAIR_KEYS
+        for key in self.columns.keys() - keys:
+            raise LabError(f"data.columns has the key '{key}'; choose from {', '.join(sorted(keys))}")
+
+
+_BY_KEYS = RowFormat()
+
+
+def parse_conversation(row: Mapping[str, Any] | RowError, row_format: RowFormat = _BY_KEYS) -> Conversation:
+    """Read a row in ShareGPT, `messages`, prompt-completion or Alpaca format, recognised by its keys.
+
+    * ``conversations`` or ``messages``: a list of turns, or its JSON, each with ``from``/``value`` or
+      ``role``/``content``; an answer may have ``tool_calls``, ``reasoning_content`` and a ``weight`` or ``train``;
+    * ``prompt`` or ``instruction`` with ``completion``, ``output`` or ``response``, each a text or a list of turns;
+      ``input`` or ``context`` follows the question after an empty line; ``history``, earlier [question, answer]
+      pairs, comes first, and its answers are learned like any others.
+
+    A ``system`` or ``system_prompt`` beside any of them becomes the leading system message, ``tools`` or ``functions``
+    are what the answers may call. Of several keys of one meaning the filled one counts. Consecutive turns of one role
+    are allowed.
+
+    Raises:
+        RowError: The row is one, has none of these formats, contradicts itself, has a key that cannot be honoured or
+            nothing to learn, or a turn is malformed; the reason names the turn, counted from 1.
+
+    """
+    conversation = _parse(row, row_format)
+    weights = [message.weight for message in conversation.messages if message.role == "assistant"]
+    if not any(weights):
+        marked = "every answer is marked as not to be trained" if weights else "no assistant turn and no 'output'"
+        raise RowError(f"{marked}, so there is nothing to learn")
+    for number, message in enumerate(conversation.messages, start=1):
+        empty = message.role == "assistant" and not message.content.strip() and not message.tool_calls
+        if empty and message.weight and row_format.empty_answers == "refuse":
+            raise RowError(f"the answer in turn {number} is empty; data.empty_answers: keep would train it")
     return conversation
 
 
-def parse_prompt(row: Mapping[str, Any] | RowError) -> tuple[Conversation, str | None]:
+def parse_prompt(
+    row: Mapping[str, Any] | RowError, row_format: RowFormat = _BY_KEYS
+) -> tuple[Conversation, str | None]:
     """Read a row to be answered: a conversation up to its last answer, and that answer where there is one.
 
-    Beside the formats of `parse_conversation` a row may be ``prompt``, one user turn, and needs no answer: a
-    conversation that ends with another turn than the assistant's is a prompt as it stands.
+    The formats are those of `parse_conversation`, but no answer is needed: a conversation that ends with another turn
+    than the assistant's is a prompt as it stands.
 
     Raises:
         RowError: as `parse_conversation`; also when nothing comes before the only answer.
 
     """
-    if isinstance(row, Mapping) and row.get("prompt") is not None:
-        user = {"role": "user", "content": row["prompt"]}
-        row = {"messages": [user], "system": row.get("system")}
-    messages = _parse(row, answered=False).messages
-    if messages[-1].role != "assistant":
-        return Conversation(messages), None
-    if len(messages) == 1:
+    conversation = _parse(row, row_format)
+    *before, last = conversation.messages
+    if last.role != "assistant":
+        return conversation, None
+    if not before:
         raise RowError("it begins with the answer, so there is nothing to answer")
-    return Conversation(messages[:-1]), messages[-1].content
+    return conversation._replace(messages=tuple(before)), last.answer
 
 
-def _parse(row: Mapping[str, Any] | RowError, answered: bool) -> Conversation:
+def unread_keys(row: Mapping[str, Any], row_format: RowFormat) -> set[str]:
+    """Filled keys of a row and of its turns that are left out: the harmless and the ignored ones."""
+    said = [turn for key in _TURNS if isinstance(row.get(key), list) for turn in row[key]]
+    return {key for part in (row, *said) for key in turns.filled(part, part.keys() & HARMLESS.union(row_format.ignore))}
+
+
+def _parse(row: Mapping[str, Any] | RowError, row_format: RowFormat) -> Conversation:
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, Mapping):
-        raise RowError(f"a row must be an object with named fields, found {_kind(row)}")
-    # Tables that merge several sources fill the columns that a row does not use with null.
-    for key in ("conversations", "messages"):
-        if row.get(key) is not None:
-            messages = _parse_turns(row[key], key)
-            break
-    else:
-        if row.get("instruction") is None:
-            found = ", ".join(sorted(map(str, row))) or "none"
-            raise RowError(f"no 'conversations', 'messages' or 'instruction' in the row (keys found: {found})")
-        messages = _parse_alpaca(row, answered)
-
-    system = row.get("system")
-    if system is not None and system != "":
-        leading = Message("system", _checked_text(system, "'system'"))
+        raise RowError(f"a row must be an object with named fields, found {turns.kind(row)}")
+    row = _renamed(row, row_format) if row_format != _BY_KEYS else row
+    forms = [_parse_turns(row[key], f"'{key}'", row_format) for key in turns.filled(row, _TURNS)]
+    paired = turns.filled(row, _QUESTIONS) or (not forms and any(row.get(key) is not None for key in _QUESTIONS))
+    if paired:
+        forms.append(_parse_pair(row, row_format))
+    forms = list(filter(None, forms))
+    if not forms:
+        for key in _TURNS:
+            if row.get(key) is not None:
+                raise RowError(f"'{key}' is empty")
+        found = ", ".join(sorted(map(str, row))) or "none"
+        raise RowError(f"no 'conversations', 'messages', 'prompt' or 'instruction' in the row (keys found: {found})")
+    turns.refuse_unknown(row, _ROW_KEYS | _PAIR_KEYS if paired else _ROW_KEYS, "the row")
+    messages, *others = forms
+    said = {message[:2] for message in messages} if others else set()
+    if any(message[:2] not in said for other in others for message in other):
+        # Sets of turns often repeat the first question in a column of its own, which says nothing new.
+        raise RowError("its columns hold different conversations; name those to leave out in data.ignore")
+    if system := turns.one_of(row, _SYSTEM, "the row"):
+        leading = Message("system", turns.checked_text(system, "'system'"))
         if messages[0].role != "system":
             messages.insert(0, leading)
         elif messages[0] != leading:
@@ -148,55 +173,45 @@ def _parse(row: Mapping[str, Any] | RowError, answered: bool) -> Conversation:
     for number, message in enumerate(messages[1:], start=2):
         if message.role == "system":
             raise RowError(f"system message in turn {number}; only the first turn can be one")
-    return Conversation(tuple(messages))
+    return Conversation(tuple(messages), turns.objects(turns.one_of(row, _TOOLS, "the row") or [], "'tools'"))
 
 
-def _parse_turns(turns: Any, key: str) -> list[Message]:
-    if not isinstance(turns, list | tuple):
-        raise RowError(f"'{key}' must be a list of turns, found {_kind(turns)}")
-    if not turns:
-        raise RowError(f"'{key}' is empty")
+def _renamed(row: Mapping[str, Any], row_format: RowFormat) -> dict[str, Any]:
+    """Put the columns under our keys, and leave out those to ignore."""
+    columns = row_format.columns
+    kept = {key: row[key] for key in row.keys() - columns.values() - set(row_format.ignore)}
+    for key, column in columns.items():
+        if column not in row:
+            raise RowError(f"there is no column '{column}', which data.columns names")
+        if kept.get(key) not in turns.EMPTY:
+            raise RowError(f"data.columns puts '{column}' under '{key}', which is filled too; ignore it")
+    return kept | {key: row[column] for key, column in columns.items()}
+
+
+def _parse_pair(row: Mapping[str, Any], row_format: RowFormat) -> list[Message]:
+    """Read a question and its answer, each in a column of its own, and the pairs before them."""
     messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict | Mapping):  # asking for Mapping alone is slow
-            raise RowError(f"turn {number} must be an object, found {_kind(turn)}")
-        role = turn.get("from") if turn.get("from") is not None else turn.get("role")
-        content = turn.get("value") if turn.get("value") is not None else turn.get("content")
-        if role is None:
-            raise RowError(f"turn {number} has no 'from' or 'role' (keys found: {', '.join(sorted(map(str, turn)))})")
-        known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-        if known is None:
-            raise RowError(f"unknown role {role!r} in turn {number}; use system, user, assistant or tool")
-        messages.append(Message(known, _checked_text(content, f"the content of turn {number} ({known})")))
+    for pair in row.get("history") or []:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowError("'history' must be a list of [question, answer] pairs")
+        asked, answered = (turns.checked_text(text, "a text of 'history'") for text in pair)
+        messages += [Message("user", asked), Message("assistant", answered)]
+    question, extra, answer = (turns.one_of(row, names, "the row") for names in (_QUESTIONS, _INPUTS, _ANSWERS))
+    if extra:
+        parts = [turns.checked_text(question, "'instruction'"), turns.checked_text(extra, "'input'")]
+        question = "\n\n".join(filter(None, parts))
+    for role, said, names in (("user", question, _QUESTIONS), ("assistant", answer, _ANSWERS)):
+        what = turns.named(name for name in names if row.get(name) is not None)
+        if isinstance(said, list):
+            messages += _parse_turns(said, what, row_format)
+        elif said is not None:
+            messages.append(Message(role, turns.checked_text(said, what)))  # type: ignore[arg-type]
     return messages
 
 
-def _parse_alpaca(row: Mapping[str, Any], answered: bool) -> list[Message]:
-    question = _checked_text(row["instruction"], "'instruction'")
-    if row.get("input") is not None and (extra := _checked_text(row["input"], "'input'")):
-        question = f"{question}\n\n{extra}"
-    if row.get("output") is None and not answered:
-        return [Message("user", question)]
-    return [Message("user", question), Message("assistant", _checked_text(row.get("output"), "'output'"))]
-
-
-def _checked_text(value: Any, what: str) -> str:
-    if value is None:
-        raise RowError(f"{what} is missing")
-    if not isinstance(value, str):
-        raise RowError(f"{what} must be text, found {_kind(value)}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            # JSON can spell half a surrogate pair ("\ud83d"), which no tokenizer takes.
-            raise RowError(f"{what} holds half a surrogate pair, which is not valid Unicode") from None
-    return value
-
-
-def _kind(value: Any) -> str:
-    """Name a value's type in JSON's words."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+def _parse_turns(value: Any, what: str, row_format: RowFormat) -> list[Message]:
+    if isinstance(value, str):
+        value = turns.from_json(value, f"{what} must be a list of turns, found text that")
+    if not isinstance(value, list | tuple):
+        raise RowError(f"{what} must be a list of turns, found {turns.kind(value)}")
+    return [turns.parse_turn(turn, number, row_format.ignore) for number, turn in enumerate(value, start=1)]

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_lab.data import batching
 from lightning_lab.data.batching import MicroBatch, PromptBatch, SplitData, SplitMethod, SplitName, StepBatch
-from lightning_lab.data.conversation import Prompt, RowError, parse_conversation, parse_prompt
+from lightning_lab.data.conversation import EmptyAnswers, Prompt, RowError, RowFormat, parse_conversation, parse_prompt
 from lightning_lab.data.encoding import ControlTokens, ConversationEncoder, Mask, Truncation, load_tokenizer
 from lightning_lab.data.loading import StepLoader, loading_options
 from lightning_lab.data.sources import Rows, load_rows
@@ -23,6 +23,7 @@ from lightning_lab.data.tokenized import OnBadRow, TokenizedRows, tokenize_rows
 from lightning_lab.errors import LabError, Range, check_arguments
 
 PREDICT_BATCH_SIZE = 8
+_NAMED_ROWS = 10  # of those that cannot be answered; the rest is counted
 
 _COUNT: Range = (1, 1e9)
 _SEED: Range = (0, 2**32 - 1)  # what numpy, torch and Lightning all take
@@ -60,6 +61,11 @@ class ChatDataModule(pl.LightningDataModule):
         max_length: Most tokens of a conversation.
         truncation: What happens to longer ones: ``tokens`` cuts, ``turns`` keeps the complete turns that fit, ``drop``
             drops the row, ``error`` stops.
+        columns: Where the rows' columns have other names: a mapping such as ``{prompt: question, completion: answer}`` or
+            ``{messages: dialog}``; null where they have the usual ones.
+        ignore: Keys of rows and turns to leave out, whatever they mean. Others that are neither read nor harmless make
+            a row a bad one.
+        empty_answers: ``refuse`` takes a row with an empty answer for a bad one; ``keep`` trains to answer nothing.
         on_bad_row: ``error`` stops at the first malformed row or row with nothing to learn; ``drop`` drops and counts.
         batch_size: Conversations per optimizer step, over all devices.
         micro_batch_tokens: Most tokens that are worked on at once. Decides memory and speed, never the result.
@@ -103,6 +109,9 @@ class ChatDataModule(pl.LightningDataModule):
         control_tokens: ControlTokens = "text",
         max_length: int = 2048,
         truncation: Truncation = "tokens",
+        columns: dict[str, str] | None = None,
+        ignore: list[str] = [],  # noqa: B006  (read only; shown as the default in --help)
+        empty_answers: EmptyAnswers = "refuse",
         on_bad_row: OnBadRow = "error",
         batch_size: int = 8,
         micro_batch_tokens: int | Literal["auto"] = 4096,
@@ -114,6 +123,7 @@ class ChatDataModule(pl.LightningDataModule):
         super().__init__()
         self.save_hyperparameters(ignore=["seed"])
         check_arguments("data", ChatDataModule.__init__, {**self.hparams, "seed": seed}, RANGES)
+        self.row_format = RowFormat(tuple(ignore), columns or {}, empty_answers)
         self.source, self.predict_source, self.eval_split = source, predict_source, eval_split
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.micro_batch_tokens, self.eval_micro_batch_tokens = micro_batch_tokens, eval_micro_batch_tokens
@@ -129,6 +139,7 @@ class ChatDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict" and self.predict_source:
             self._open_tokenizer()
+            self._prompts = self._prompts_of(self.predict_source)  # here, as the base is loaded after it
             return
         splits = self.splits
         needed = [] if stage is None else [self.split_for(stage)]
@@ -158,7 +169,8 @@ class ChatDataModule(pl.LightningDataModule):
             )
         if progress and len(rows) < rows.total:
             print(f"data.rows: the first {len(rows):,} of {rows.total:,} rows are used", file=sys.stderr)
-        self.tokenized = tokenize_rows(rows, self.encoder, on_bad_row=options["on_bad_row"], progress=progress)
+        reading = {"row_format": self.row_format, "on_bad_row": options["on_bad_row"]}
+        self.tokenized = tokenize_rows(rows, self.encoder, progress=progress, **reading)
         self.splits = batching.split_rows(sizes, len(rows), options["split_seed"], self.tokenized.dropped, method)
 
     def _open_tokenizer(self) -> None:
@@ -287,7 +299,7 @@ class ChatDataModule(pl.LightningDataModule):
     def first_prompts(self, split: str, count: int | None) -> list[Prompt]:
         """The first conversations of a split (None: all), each cut before its last answer; less those it begins."""
         rows = self.splits[split].rows.tolist()
-        prompts = (Prompt.of(row, parse_conversation(self.rows[row])) for row in rows)
+        prompts = (Prompt.of(row, parse_conversation(self.rows[row], self.row_format)) for row in rows)
         return list(islice((prompt for prompt in prompts if prompt is not None), count))
 
     def prompt_batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
@@ -304,19 +316,25 @@ class ChatDataModule(pl.LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader:
-        own = self.predict_source
-        prompts: Any = self._prompts_of(own) if own else self.first_prompts(self.split_for("predict"), None)
+        prompts: Any = self._prompts if self.predict_source else self.first_prompts(self.split_for("predict"), None)
         return DataLoader(prompts, collate_fn=self.prompt_batch, **loading_options(0, batch_size=PREDICT_BATCH_SIZE))
 
     def _prompts_of(self, source: str) -> list[Prompt]:
-        """Every row of a source, as something to answer."""
+        """Every row of a source, as something to answer; bad ones are named and left out, or an error."""
         rows = load_rows(source)
-        prompts = []
+        prompts, bad = [], []
         for index, row in enumerate(rows):
             try:
-                prompts.append(Prompt(index, *parse_prompt(row)))
+                prompt = Prompt(index, *parse_prompt(row, self.row_format))
+                self.encoder.template.render(prompt.conversation, add_generation_prompt=True)
+                prompts.append(prompt)
             except RowError as error:
-                raise LabError(f"{rows.where(index)}: {error}") from None
+                bad.append(f"{rows.where(index)}: {error}")
+        if bad and (self.hparams["on_bad_row"] == "error" or not prompts):
+            raise LabError(f"{bad[0]}; correct the row or set data.on_bad_row to drop")
+        if bad:
+            named = "; ".join(bad[:_NAMED_ROWS])
+            print(f"{len(bad)} of {len(rows)} rows of {source} are not answered: {named}", file=sys.stderr)
         return prompts
 
     # -- figures -------------------------------------------------------------------------------------------------

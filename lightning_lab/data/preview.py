@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from lightning_lab.data.batching import pack
-from lightning_lab.data.conversation import parse_conversation
+from lightning_lab.data.conversation import parse_conversation, unread_keys
 from lightning_lab.data.encoding import IGNORED
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ def _decode(data: ChatDataModule, ids: list[int]) -> str:
 
 def _changed_by_cuts(data: ChatDataModule, row: int) -> bool:
     """Whether the row has other ids than it would have without cuts at its answers."""
-    text = data.encoder.template.render(parse_conversation(data.rows[row]).messages)
-    cut, uncut = data.encoder.token_ids([text, replace(text, spans=())])
+    texts = data.encoder.template.documents(parse_conversation(data.rows[row], data.row_format))
+    cut, uncut = (data.encoder.token_ids(variant) for variant in (texts, [replace(t, spans=()) for t in texts]))
     return cut != uncut
 
 
@@ -104,6 +105,10 @@ def _summary(data: ChatDataModule, rows: Sequence[int], kept: Sequence[int]) -> 
     ):
         named = f": rows {', '.join(map(str, found[:_NAMED_ROWS]))}" if found else ""
         yield f"{len(found)} {title}{named}{_more(found)}"
+    unread = Counter(key for row in kept for key in unread_keys(data.rows[row], data.row_format))
+    if unread:
+        counted = ", ".join(f"{key} ({count})" for key, count in sorted(unread.items()))
+        yield f"keys that are not read, and the rows that have them: {counted}"
     for line in dropped[:_NAMED_ROWS]:
         yield f"dropped {line}"
     if len(dropped) > _NAMED_ROWS:

@@ -1,9 +1,9 @@
 """Conversation -> text, and where each message and each answer stands in it.
 
 A chat template is rendered once with the real contents and once (cached by the sequence of roles) with a placeholder
-for each content. What the template writes between the placeholders, its literals, is then walked along the real text,
-which gives every turn's place for any template. Contents are never searched for, so a content that quotes the template
-cannot pass for it.
+for each content; anew for a conversation with tool calls, each text of which has its own. What the template writes
+between the placeholders, its literals, is then walked along the real text, which gives every turn's place for any
+template. Contents are never searched for, so a content that quotes the template cannot pass for it.
 """
 
 import json
@@ -12,14 +12,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_lab.data.conversation import Message, RowError
+from lightning_lab.data.conversation import Conversation, Message, RowError
+from lightning_lab.data.marks import MARK, mark
 from lightning_lab.errors import LabError
 
 if TYPE_CHECKING:
@@ -30,6 +31,21 @@ Span = tuple[int, int]
 TIME_LIMIT_S = 5.0  # for the first conversation, which takes milliseconds
 _CACHED_SKELETONS = 4096  # bounds the memory that a data set of many sequences of roles takes
 _LLAMA_TOKENS = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
+
+# Conversations that show whether a template writes earlier turns otherwise than the last.
+_TURNS = (Message("user", "one"), Message("assistant", "two"), Message("user", "three"), Message("assistant", "four"))
+_PROBES = (
+    Conversation(_TURNS),
+    Conversation(
+        tuple(
+            m._replace(content=f"<think>\nfive\n</think>\n\n{m.content}" if m.role == "assistant" else m.content)
+            for m in _TURNS
+        )
+    ),
+    Conversation(tuple(m._replace(reasoning="five" if m.role == "assistant" else None) for m in _TURNS)),
+    Conversation((Message("system", "six"), *_TURNS)),
+    Conversation(_TURNS, ({"type": "function", "function": {"name": "f", "description": "", "parameters": {}}},)),
+)
 
 # Put before every template: one that asks for today gets the day of the template it was published with, so that token
 # ids do not change from day to day. "26 Jul 2024" is what Llama 3.1's own template has as its constant.
@@ -47,20 +63,23 @@ class Rendered:
     Attributes:
         text: What the model sees.
         spans: For each assistant turn the (start, end) characters of its content and end-of-turn token.
-        contents: The (start, end) characters of every message's content, in the order of the text.
+        contents: The (start, end) characters of all that the row's author wrote, in the order of the text.
+        weights: Of each span's labels.
 
     """
 
     text: str
     spans: tuple[Span, ...]
     contents: tuple[Span, ...]
+    weights: tuple[float, ...]
 
 
 class _Skeleton(NamedTuple):
-    """``literals[0] <message order[0]> literals[1] ... literals[-1]``."""
+    """``literals[0] <text of message owners[0]> literals[1] ... literals[-1]``; those texts, if not just contents."""
 
     literals: tuple[str, ...]
-    order: tuple[int, ...]
+    owners: tuple[int, ...]
+    texts: tuple[str, ...] | None = None
 
 
 class ChatTemplate:
@@ -79,6 +98,7 @@ class ChatTemplate:
         control_pattern: Matches those tokens as the tokenizer does.
         end_of_turn: The control token, with whitespace that the template writes before it, that closes an answer;
             empty where the template has none.
+        per_answer: The template writes earlier answers otherwise than the last one, so each is a document of its own.
 
     Raises:
         LabError: A missing or broken template, one that does not end, or a tokenizer that lacks its tokens.
@@ -90,9 +110,10 @@ class ChatTemplate:
         self._skeletons: dict[Any, _Skeleton] = {}
         self.source = _PINNED_TODAY + _template_text(tokenizer, template)
         self.bos = self.end_of_turn = ""
+        self.per_answer = False
         try:
             with _time_limit(TIME_LIMIT_S):
-                skeleton = self._skeleton((Message("user", "x"), Message("assistant", "x")), False)
+                skeleton = self._skeleton(Conversation((Message("user", "x"), Message("assistant", "x"))), False)
         except RowError as error:
             raise LabError(f"data.template {template} cannot be used: {error}") from None
 
@@ -112,24 +133,61 @@ class ChatTemplate:
         if adds_bos and not skeleton.literals[0].startswith(tokenizer.bos_token):
             self.bos = tokenizer.bos_token
             self._skeletons.clear()
+        for probe in filter(self._rewrites, _PROBES):
+            self.per_answer = True
+            try:
+                self.documents(probe)
+            except RowError as error:
+                raise LabError(
+                    f"data.template {template} cannot be used: it changes what stands before an answer, and {error}"
+                ) from None
 
-    def render(self, messages: tuple[Message, ...], add_generation_prompt: bool = False) -> Rendered:
-        """Render messages and locate them in the text.
+    def documents(self, conversation: Conversation) -> list[Rendered]:
+        """Render a conversation as the texts to train on: one, or one for each answer where `per_answer` says so.
+
+        Raises:
+            RowError: As `render`.
+
+        """
+        if not self.per_answer:
+            return [self.render(conversation)]
+        messages, documents = conversation.messages, []
+        for i, message in enumerate(messages):
+            if message.role != "assistant" or not message.weight:
+                continue
+            whole = self.render(conversation._replace(messages=messages[: i + 1]))
+            start, end = whole.spans[-1]
+            prompt = self.render(conversation._replace(messages=messages[:i]), True) if i else Rendered("", (), (), ())
+            begins = len(prompt.text) if i else start
+            if not whole.text.startswith(prompt.text):  # the answer follows what the model is given, then as in use
+                shift = begins - start
+                answer = tuple((a + shift, b + shift) for a, b in whole.contents if a >= start)
+                whole = Rendered(prompt.text + whole.text[start:], (), prompt.contents + answer, ())
+                end += shift
+            documents.append(replace(whole, spans=((begins, end),), weights=(message.weight,)))
+        return documents
+
+    def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> Rendered:
+        """Render a conversation and locate its messages in the text.
 
         Args:
-            messages: The turns.
+            conversation: The turns.
             add_generation_prompt: End with the header that opens an answer.
 
         Raises:
             RowError: The template refuses the conversation, or changes or drops a content so that it cannot be placed.
 
         """
-        contents = [message.content for message in messages]
-        text = self._apply(messages, add_generation_prompt)
+        messages = conversation.messages
+        rich = {
+            i for i, m in enumerate(messages) if not m.is_plain or (self.per_answer and "</think>" in m.content)
+        }  # of which more than the content has to be placed
+        cacheable = not (rich or conversation.tools)
+        text = self._apply(conversation, add_generation_prompt)
         for keep_blank, verbatim in product((False, True), (True, False)):  # nearly always the first one fits
-            skeleton = self._skeleton(messages, add_generation_prompt, keep_blank)
-            variants = [[contents[i]] if verbatim else _variants(contents[i]) for i in skeleton.order]
-            places = _walk(text, skeleton.literals, variants)
+            skeleton = self._skeleton(conversation, add_generation_prompt, keep_blank, cacheable)
+            texts = [messages[i].content for i in skeleton.owners] if skeleton.texts is None else skeleton.texts
+            places = _walk(text, skeleton.literals, [[leaf] if verbatim else _variants(leaf) for leaf in texts])
             if places is not None:
                 break
         else:
@@ -137,17 +195,46 @@ class ChatTemplate:
                 "the chat template changes the text of a message, so its answers cannot be located; "
                 "use another data.template"
             )
-        spans = []
-        for i, (start, end), after in zip(skeleton.order, places, skeleton.literals[1:], strict=True):
+        answers: dict[int, tuple[int, int, str]] = {}
+        for i, (start, end), after in zip(skeleton.owners, places, skeleton.literals[1:], strict=True):
             if messages[i].role == "assistant":
-                spans.append((start, end + len(self.end_of_turn) * after.startswith(self.end_of_turn)))
-        return Rendered(text, tuple(spans), tuple(places))
+                answers[i] = (answers[i][0] if i in answers else start, end, after)
+        spans = []
+        for i, (start, end, after) in answers.items():
+            ends = after.find(self.end_of_turn) if i in rich else -(not after.startswith(self.end_of_turn))
+            if i in rich:  # it begins with what the template writes after the header
+                prompt = self._apply(conversation._replace(messages=messages[:i]), True)
+                if not text.startswith(prompt) or ends < 0 or (messages[i].tool_calls and not self.end_of_turn):
+                    raise RowError(f"the chat template does not begin and end turn {i + 1} as it does other answers")
+                start = len(prompt)
+            spans.append((start, end if ends < 0 else end + ends + len(self.end_of_turn)))
+        return Rendered(text, tuple(spans), tuple(places), tuple(messages[i].weight for i in answers))
 
-    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        turns = [message._asdict() for message in messages]
+    def _rewrites(self, conversation: Conversation) -> bool:
+        """Whether an answer, or what stands before it, is written otherwise once further turns follow."""
+        messages, end = conversation.messages, self.end_of_turn
+        try:
+            whole = self._apply(conversation, False)
+            for i, message in enumerate(messages):
+                if message.role == "assistant":
+                    prompt = self._apply(conversation._replace(messages=messages[:i]), True)
+                    answer = self._apply(conversation._replace(messages=messages[: i + 1]), False)
+                    known = answer[: answer.find(end, len(prompt)) + len(end)] if end else answer.rstrip()
+                    if not (whole.startswith(prompt) and whole.startswith(known)):
+                        return True
+        except RowError:  # such conversations are refused row by row
+            pass
+        return False
+
+    def _apply(self, conversation: Conversation, add_generation_prompt: bool) -> str:
+        turns = [message.as_turn() for message in conversation.messages]
         try:
             text: str = self._tokenizer.apply_chat_template(
-                turns, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt
+                turns,
+                tools=list(conversation.tools) or None,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except RecursionError:
             raise RowError("the chat template calls itself without end") from None
@@ -156,26 +243,36 @@ class ChatTemplate:
         return self.bos + text
 
     def _skeleton(
-        self, messages: tuple[Message, ...], add_generation_prompt: bool, keep_blank: bool = False
+        self, conversation: Conversation, add_generation_prompt: bool, keep_blank: bool = False, cacheable: bool = True
     ) -> _Skeleton:
-        """Find what the template writes around the contents of such messages.
+        """Find what the template writes around the texts of such messages.
 
         ``keep_blank`` leaves blank contents as they are, for templates that write nothing, not even a header, then.
+        One that is not ``cacheable``, as there is more than contents, is good for this conversation alone.
         """
+        messages = conversation.messages
         kept = {i: m.content for i, m in enumerate(messages) if keep_blank and not m.content.strip()}
         key = (tuple(message.role for message in messages), add_generation_prompt, tuple(kept.items()))
-        if key in self._skeletons:
+        if cacheable and key in self._skeletons:
             return self._skeletons[key]
-        # Private-use characters: no template takes them for whitespace or markup.
-        marked = [Message(m.role, kept.get(i, f"\ue000{i}\ue001")) for i, m in enumerate(messages)]
-        parts = re.split("\ue000([0-9]+)\ue001", self._apply(marked, add_generation_prompt))
-        skeleton = _Skeleton(tuple(parts[::2]), tuple(map(int, parts[1::2])))
-        for i, message in enumerate(messages):
-            if skeleton.order.count(i) != 1 and (i not in kept or message.role == "assistant"):
+        marked, leaves = mark(conversation, keep_blank, self.per_answer)
+        text = self._apply(marked, add_generation_prompt)
+        literals = MARK.split(text)
+        order = list(map(int, literals[1::2]))
+        for number, (owner, _, what, optional) in enumerate(leaves):
+            if order.count(number) != 1 and not (optional and number not in order):
+                turn = f"{what}turn {owner + 1} ({messages[owner].role})"
                 raise RowError(
-                    f"the chat template does not write turn {i + 1} ({message.role}) exactly once, as given; "
-                    "use another data.template"
+                    f"the chat template does not write {turn} exactly once, as given; use another data.template"
                 )
+        if conversation.tools and text == self._apply(marked._replace(tools=()), add_generation_prompt):
+            raise RowError("the chat template has no place for 'tools'; use another or add them to data.ignore")
+        skeleton = _Skeleton(tuple(literals[::2]), tuple(leaves[number].owner for number in order))
+        if not cacheable:
+            unmarked = [marked.tools, [(message.tool_call_id, message.tool_calls) for message in marked.messages]]
+            if self.control_pattern.search(json.dumps(unmarked, ensure_ascii=False)):
+                raise RowError("its tools or ids hold a control token of the chat template")
+            return skeleton._replace(texts=tuple(leaves[number].text for number in order))
         if len(self._skeletons) >= _CACHED_SKELETONS:
             self._skeletons.clear()
         self._skeletons[key] = skeleton

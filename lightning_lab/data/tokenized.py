@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import Progress
 
-from lightning_lab.data.conversation import RowError, or_error, parse_conversation
+from lightning_lab.data.conversation import RowError, RowFormat, or_error, parse_conversation
 from lightning_lab.data.encoding import IGNORED, ConversationEncoder, Encoded, RowTooLongError
 from lightning_lab.data.sources import Rows
 from lightning_lab.errors import LabError
@@ -29,7 +29,7 @@ from lightning_lab.hub import cache_dir
 OnBadRow = Literal["error", "drop"]
 
 # Part of the cache key: raise it whenever the columns, or what parsing or rendering makes of the same input, change.
-_FORMAT = 3
+_FORMAT = 4
 _BATCH_ROWS = 256  # bounds the memory of preparation; more is no faster
 _OBJECTS_A_SEARCH = 100_000  # a search at each 700, the default, takes a third of the time
 _SUM_BYTES = hashlib.sha256().digest_size  # the file ends with the sum of what is before
@@ -108,7 +108,12 @@ def changed_rows(before: Sequence[int], now: Sequence[int]) -> str:
 
 
 def tokenize_rows(
-    rows: Rows, encoder: ConversationEncoder, *, on_bad_row: OnBadRow, progress: bool = True
+    rows: Rows,
+    encoder: ConversationEncoder,
+    *,
+    on_bad_row: OnBadRow,
+    row_format: RowFormat = RowFormat(),  # noqa: B008  (frozen)
+    progress: bool = True,
 ) -> TokenizedRows:
     """Tokenise all rows, or read them from the cache when rows and encoder are those of an earlier call.
 
@@ -121,13 +126,16 @@ def tokenize_rows(
         rows: The source.
         encoder: Template, tokenizer and rules.
         on_bad_row: ``error`` stops at the first bad row, ``drop`` keeps it as an empty one with its reason.
+        row_format: How to read the rows.
         progress: Report on stderr.
 
     Raises:
         LabError: A bad row, named with its place; or the cache directory cannot be written.
 
     """
-    fingerprint = hashlib.sha256(f"{_FORMAT} {rows.fingerprint} {encoder.fingerprint}".encode()).hexdigest()
+    fingerprint = hashlib.sha256(
+        f"{_FORMAT} {rows.fingerprint} {row_format} {encoder.fingerprint}".encode()
+    ).hexdigest()
     path = cache_dir() / "tokenized" / f"{fingerprint[:32]}.arrow"
 
     def checked(table: pa.Table, first: int) -> pa.Table:
@@ -148,7 +156,7 @@ def tokenize_rows(
         try:
             with Progress(console=Console(stderr=True), disable=not shown) as bar:
                 firsts = bar.track(range(0, len(rows), _BATCH_ROWS), description="tokenising")
-                table = _write(path, (checked(_encode(rows, encoder, first), first) for first in firsts))
+                table = _write(path, (checked(_encode(rows, encoder, row_format, first), first) for first in firsts))
         except OSError as error:
             raise LabError(f"cannot write {path}: {error.strerror or error}; set LIGHTNING_LAB_CACHE") from None
     tokenized = TokenizedRows(checked(table, 0), fingerprint)
@@ -157,9 +165,11 @@ def tokenize_rows(
     return tokenized
 
 
-def _encode(rows: Rows, encoder: ConversationEncoder, first: int) -> pa.Table:
+def _encode(rows: Rows, encoder: ConversationEncoder, row_format: RowFormat, first: int) -> pa.Table:
     batch = range(first, min(first + _BATCH_ROWS, len(rows)))
-    results = encoder.encode_batch([or_error(parse_conversation, rows[index]) for index in batch])
+    results = encoder.encode_batch(
+        [or_error(partial(parse_conversation, row_format=row_format), rows[index]) for index in batch]
+    )
     kept = [result if isinstance(result, Encoded) else Encoded([], [], False) for result in results]
     return pa.table(
         {

@@ -13,7 +13,7 @@ from lightning_lab.errors import LabError
 from lightning_lab.experiments.compare import compare
 from lightning_lab.experiments.reference import published
 from lightning_lab.experiments.runs import SEED, SWEEP_FILE, Run, differing_settings, read_sweep, run_directories
-from lightning_lab.files import flatten, read_yaml
+from lightning_lab.files import flatten
 
 T = TypeVar("T")
 VALIDATED_ON = ("data.fingerprint", "data.split_seed", "data.splits.validation")  # in environment.json

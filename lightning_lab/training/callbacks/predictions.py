@@ -37,7 +37,7 @@ class PredictionWriter(pl.Callback):
             for prompt, answer in outputs:
                 record = {
                     "row": prompt.row,
-                    "messages": [{"role": m.role, "content": m.content} for m in prompt.conversation.messages],
+                    "messages": [message.as_turn() for message in prompt.conversation.messages],
                     "answer": answer,
                     "reference": prompt.reference,
                 }
