@@ -47,16 +47,29 @@ def or_error(function: Callable[[Item], Result], item: Item | RowError) -> Resul
 
 # Named tuples, as Lightning, which looks for tensors inside the results of a prediction, refuses frozen dataclasses.
 class Message(NamedTuple):
-    """One turn."""
+    """One turn.
+
+    Attributes:
+        role: Who speaks.
+        content: What is said; empty where an answer is a tool call alone.
+        weight: Of the answer's labels; 0 for context that is not learned.
+        tool_calls: ``{"type": "function", "function": {"name": ..., "arguments": {...}}}`` of each call.
+        reasoning: What the model thinks before it answers; None where nothing is known of it.
+
+    """
 
     role: Role
     content: str
+    weight: float = 1.0
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    reasoning: str | None = None
 
 
 class Conversation(NamedTuple):
-    """The turns of one row: at most one system message, and that first."""
+    """The turns of one row: at most one system message, and that first; and the definitions of the tools it may call."""
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 class Prompt(NamedTuple):

@@ -147,7 +147,7 @@ class ConversationEncoder:
         A `RowError` stands in the place of a conversation that is refused: by `ChatTemplate.render`, as nothing is left
         to learn after truncation, or as `RowTooLongError`. An error among the conversations stays in its place.
         """
-        texts = [or_error(lambda c: self._pieces(self.template.render(c.messages)), c) for c in conversations]
+        texts = [or_error(lambda c: self._pieces(self.template.render(c)), c) for c in conversations]
         starts = [or_error(self._start, text) for text in texts]
         results = self._encode(starts)
         # what is cut at ``max_length`` anyway is the same from a start as from the whole text
@@ -179,7 +179,7 @@ class ConversationEncoder:
             RowError: See `ChatTemplate.render`.
 
         """
-        return self.token_ids([self.template.render(conversation.messages, add_generation_prompt=True)])[0]
+        return self.token_ids([self.template.render(conversation, add_generation_prompt=True)])[0]
 
     def token_ids(self, texts: Sequence[Rendered]) -> list[list[int]]:
         """Tokenise whole texts, cut at the edges of their spans and at control tokens alone."""

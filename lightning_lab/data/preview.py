@@ -79,7 +79,7 @@ def _decode(data: ChatDataModule, ids: list[int]) -> str:
 
 def _changed_by_cuts(data: ChatDataModule, row: int) -> bool:
     """Whether the row has other ids than it would have without cuts at its answers."""
-    text = data.encoder.template.render(parse_conversation(data.rows[row]).messages)
+    text = data.encoder.template.render(parse_conversation(data.rows[row]))
     cut, uncut = data.encoder.token_ids([text, replace(text, spans=())])
     return cut != uncut
 

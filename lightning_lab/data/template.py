@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_lab.data.conversation import Message, RowError
+from lightning_lab.data.conversation import Conversation, Message, RowError
 from lightning_lab.errors import LabError
 
 if TYPE_CHECKING:
@@ -47,13 +47,15 @@ class Rendered:
     Attributes:
         text: What the model sees.
         spans: For each assistant turn the (start, end) characters of its content and end-of-turn token.
-        contents: The (start, end) characters of every message's content, in the order of the text.
+        contents: The (start, end) characters of all that the row's author wrote, in the order of the text.
+        weights: Of each span's labels.
 
     """
 
     text: str
     spans: tuple[Span, ...]
     contents: tuple[Span, ...]
+    weights: tuple[float, ...]
 
 
 class _Skeleton(NamedTuple):
@@ -79,6 +81,7 @@ class ChatTemplate:
         control_pattern: Matches those tokens as the tokenizer does.
         end_of_turn: The control token, with whitespace that the template writes before it, that closes an answer;
             empty where the template has none.
+        per_answer: The template writes earlier answers otherwise than the last one, so each is a document of its own.
 
     Raises:
         LabError: A missing or broken template, one that does not end, or a tokenizer that lacks its tokens.
@@ -90,6 +93,7 @@ class ChatTemplate:
         self._skeletons: dict[Any, _Skeleton] = {}
         self.source = _PINNED_TODAY + _template_text(tokenizer, template)
         self.bos = self.end_of_turn = ""
+        self.per_answer = False
         try:
             with _time_limit(TIME_LIMIT_S):
                 skeleton = self._skeleton((Message("user", "x"), Message("assistant", "x")), False)
@@ -113,17 +117,27 @@ class ChatTemplate:
             self.bos = tokenizer.bos_token
             self._skeletons.clear()
 
-    def render(self, messages: tuple[Message, ...], add_generation_prompt: bool = False) -> Rendered:
-        """Render messages and locate them in the text.
+    def documents(self, conversation: Conversation) -> list[Rendered]:
+        """Render a conversation as the texts to train on: one, or one for each answer where `per_answer` says so.
+
+        Raises:
+            RowError: As `render`.
+
+        """
+        return [self.render(conversation)]
+
+    def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> Rendered:
+        """Render a conversation and locate its messages in the text.
 
         Args:
-            messages: The turns.
+            conversation: The turns.
             add_generation_prompt: End with the header that opens an answer.
 
         Raises:
             RowError: The template refuses the conversation, or changes or drops a content so that it cannot be placed.
 
         """
+        messages = conversation.messages
         contents = [message.content for message in messages]
         text = self._apply(messages, add_generation_prompt)
         for keep_blank, verbatim in product((False, True), (True, False)):  # nearly always the first one fits
@@ -137,14 +151,15 @@ class ChatTemplate:
                 "the chat template changes the text of a message, so its answers cannot be located; "
                 "use another data.template"
             )
-        spans = []
+        spans, weights = [], []
         for i, (start, end), after in zip(skeleton.order, places, skeleton.literals[1:], strict=True):
             if messages[i].role == "assistant":
                 spans.append((start, end + len(self.end_of_turn) * after.startswith(self.end_of_turn)))
-        return Rendered(text, tuple(spans), tuple(places))
+                weights.append(messages[i].weight)
+        return Rendered(text, tuple(spans), tuple(places), tuple(weights))
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        turns = [message._asdict() for message in messages]
+        turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text: str = self._tokenizer.apply_chat_template(
                 turns, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt

@@ -15,7 +15,7 @@ def encode(encoder: ConversationEncoder, conversation: Conversation) -> Encoded:
 
 def render(encoder: ConversationEncoder, conversation: Conversation) -> Rendered:
     """Render one conversation by the encoder's template."""
-    return encoder.template.render(conversation.messages)
+    return encoder.template.render(conversation)
 
 
 def labels(encoded: Encoded) -> list[int]:
