@@ -66,7 +66,7 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """The turns of one row: at most one system message, and that first; and the definitions of the tools it may call."""
+    """The turns of one row, of which only the first may be a system message, and the tools that it may call."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
