@@ -263,11 +263,15 @@ class ConversationEncoder:
     def _assemble(self, pieces: list[_Tokens], answer_weights: Sequence[float]) -> Encoded:
         """Lay ids, mask and weights side by side, and truncate them."""
         ids: list[int] = []
-        weights: list[float] = []
+        supervised: list[bool] = []
+        weights: list[float] | None = None if set(answer_weights) <= {0.0, 1.0} else []
         answer_ends: dict[int, int] = {}  # in tokens
         for tokens, span in pieces:
             ids += tokens
-            weights += [0.0 if span is None else answer_weights[span]] * len(tokens)
+            weight = 0.0 if span is None else answer_weights[span]
+            supervised += [weight > 0] * len(tokens)
+            if weights is not None:
+                weights += [weight] * len(tokens)
             if span is not None:
                 answer_ends[span] = len(ids)
 
@@ -279,8 +283,8 @@ class ConversationEncoder:
                 raise RowTooLongError(f"{length} tokens are more than data.max_length {limit}")
             fitting = [end for end in answer_ends.values() if end <= limit]
             keep = max(fitting, default=0) if self.truncation == "turns" else limit
-            del ids[keep:], weights[keep:]
-        supervised = list(map(bool, weights))
+            del ids[keep:], supervised[keep:]
+            weights = weights and weights[:keep]
         if True not in supervised[1:]:  # the first token has nothing before it to be predicted from
             if truncated:
                 verb = "ends" if self.truncation == "turns" else "begins"
@@ -291,7 +295,7 @@ class ConversationEncoder:
             raise RowError(
                 "nothing left to learn: its answers are context only, or empty and the template writes no end-of-turn"
             )
-        return Encoded(ids, supervised, truncated, None if set(answer_weights) <= {0.0, 1.0} else weights)
+        return Encoded(ids, supervised, truncated, weights)
 
 
 def _last_alone(text: Rendered) -> Rendered:
