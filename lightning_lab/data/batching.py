@@ -153,9 +153,47 @@ def pack(lengths: Sequence[int], budget: int, rank: int = 0, world_size: int = 1
     return [sorted(documents) for documents in packed]
 
 
+def mean_factors(weights: np.ndarray, group: int | None) -> tuple[list[float] | None, float]:
+    """How a step's loss is a mean of the token means of ``group`` conversations each, by weights of tokens.
+
+    Args:
+        weights: float64 ``[conversations]``, the summed weights of each conversation's labels, in visiting order.
+        group: Conversations of which a mean is taken first; None for one mean over the whole step.
+
+    Returns:
+        By what to multiply the weights of each conversation (None for nothing), and the sum of all weights then.
+
+    """
+    if group is None:
+        return None, float(weights.sum())
+    groups = np.arange(len(weights)) // group
+    sums = np.bincount(groups, weights)
+    return (1 / sums[groups]).tolist(), float(len(sums))
+
+
+class Example(NamedTuple):
+    """A conversation's tokens, of one document or of several (see `Encoded.starts`).
+
+    Attributes:
+        input_ids: int32 ``[length]``.
+        labels: int32 ``[length]``, not shifted, -100 where not supervised.
+        weights: float32 ``[length]``, of each label in the training loss; None where all have 1.
+        starts: Where each document after the first begins.
+
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray | None = None
+    starts: Sequence[int] | np.ndarray = ()
+
+
 # The batches are named tuples, as Lightning and PyTorch move and pin what stands in those.
 class MicroBatch(NamedTuple):
-    """Documents laid one after another in a single row of ``T`` tokens, of which ``S`` are supervised.
+    """Conversations laid one after another in a single row of ``T`` tokens, of which ``S`` are supervised.
+
+    Each conversation is one document, to which attention is confined; or several, where the template rewrites earlier
+    turns (`Encoded.starts`).
 
     Attributes:
         input_ids: ``[1, T]`` int64.
@@ -163,11 +201,12 @@ class MicroBatch(NamedTuple):
         cu_seqlens: ``[documents + 1]`` int32 borders, from 0 to ``T``.
         predicting: ``[S]`` int64 positions in the row whose next token is supervised.
         targets: ``[S]`` int64 those next tokens.
-        target_documents: ``[S]`` int64 which document (index into ``rows``) each target belongs to.
+        target_documents: ``[S]`` int64 which conversation (index into ``rows``) each target belongs to.
         document_lengths: Tokens of each document, on the host.
-        target_counts: Targets of each document, on the host.
-        documents: Each document's number in its split.
-        rows: Each document's row in the source.
+        target_counts: Targets of each conversation, on the host.
+        documents: Each conversation's number in its split.
+        rows: Each conversation's row in the source.
+        weights: ``[S]`` float32, of each target in the training loss; None where all have 1.
 
     """
 
@@ -181,6 +220,7 @@ class MicroBatch(NamedTuple):
     target_counts: tuple[int, ...]
     documents: tuple[int, ...]
     rows: tuple[int, ...]
+    weights: Tensor | None = None
 
 
 class StepBatch(NamedTuple):
@@ -190,7 +230,8 @@ class StepBatch(NamedTuple):
         micro_batches: What this process works on; may be empty on a process without documents.
         rows: Source rows of all conversations in the step, in visiting order.
         tokens: Real tokens of the step.
-        supervised_tokens: Supervised tokens of the step; the loss and its gradient are divided by it.
+        supervised_tokens: Supervised tokens of the step.
+        weight: The sum of their weights, by which the loss and its gradient are divided; None where each has 1.
 
     """
 
@@ -198,6 +239,7 @@ class StepBatch(NamedTuple):
     rows: tuple[int, ...]
     tokens: int
     supervised_tokens: int
+    weight: float | None = None
 
 
 class PromptBatch(NamedTuple):
@@ -225,34 +267,47 @@ class PromptBatch(NamedTuple):
 
 
 def collate(
-    examples: Sequence[tuple[np.ndarray, np.ndarray]], documents: Sequence[int], rows: Sequence[int]
+    examples: Sequence[Example | tuple[np.ndarray, np.ndarray]],
+    documents: Sequence[int],
+    rows: Sequence[int],
+    factors: Sequence[float] | None = None,
 ) -> MicroBatch:
-    """Lay examples one after another in one row.
+    """Lay conversations one after another in one row.
 
     A label at a document's first token has nothing before it to predict it from and is never a target; in a packed row
     it would otherwise be predicted from the document before.
 
     Args:
-        examples: ``(input_ids, labels)`` of each document, int32 ``[length]``, -100 where masked.
-        documents: Each document's number in its split.
-        rows: Each document's row in the source.
+        examples: The conversations; of one document and unweighted, ``(input_ids, labels)`` will do.
+        documents: Their numbers in the split.
+        rows: Their rows in the source.
+        factors: By which each conversation's weights are multiplied; None for 1.
 
     """
-    lengths = [len(ids) for ids, _ in examples]
-    starts = np.cumsum([0, *lengths])
-    owners = np.repeat(np.arange(len(lengths)), lengths)
-    labels = np.concatenate([labels for _, labels in examples])
-    labels[starts[:-1]] = IGNORED
+    kept = [Example(*example) for example in examples]
+    sizes = [len(example.input_ids) for example in kept]
+    ends = np.cumsum([0, *sizes])
+    starts = [begin + start for begin, example in zip(ends, kept, strict=False) for start in (0, *example.starts)]
+    lengths = np.diff([*starts, ends[-1]])
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    labels = np.concatenate([example.labels for example in kept])
+    labels[starts] = IGNORED
     supervised = np.flatnonzero(labels != IGNORED)
+    weights = None
+    if factors is not None or any(example.weights is not None for example in kept):
+        each = [np.ones(len(e.labels)) if e.weights is None else e.weights for e in kept]
+        scaled = [w * factor for w, factor in zip(each, factors or [1.0] * len(each), strict=True)]
+        weights = torch.from_numpy(np.concatenate(scaled)[supervised]).float()
     return MicroBatch(
-        input_ids=torch.from_numpy(np.concatenate([ids for ids, _ in examples])).long()[None],
-        position_ids=torch.from_numpy(np.arange(starts[-1]) - starts[owners])[None],
-        cu_seqlens=torch.from_numpy(starts).int(),
+        input_ids=torch.from_numpy(np.concatenate([example.input_ids for example in kept])).long()[None],
+        position_ids=torch.from_numpy(np.arange(ends[-1]) - np.repeat(starts, lengths))[None],
+        cu_seqlens=torch.from_numpy(np.array([*starts, ends[-1]])).int(),
         predicting=torch.from_numpy(supervised - 1),
         targets=torch.from_numpy(labels[supervised]).long(),
         target_documents=torch.from_numpy(owners[supervised]),
-        document_lengths=tuple(lengths),
-        target_counts=tuple(np.bincount(owners[supervised], minlength=len(lengths)).tolist()),
+        document_lengths=tuple(lengths.tolist()),
+        target_counts=tuple(np.bincount(owners[supervised], minlength=len(sizes)).tolist()),
         documents=tuple(documents),
         rows=tuple(rows),
+        weights=weights,
     )

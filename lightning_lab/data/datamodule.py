@@ -33,6 +33,7 @@ RANGES: dict[str, Range] = {
     "split_seed": _SEED,
     "max_length": (2, 1e9),  # the first token is never predicted
     "batch_size": _COUNT,
+    "micro_mean": _COUNT,
     "micro_batch_tokens": _COUNT,
     "eval_micro_batch_tokens": _COUNT,
     "num_workers": (0, 1000),
@@ -56,13 +57,16 @@ class ChatDataModule(pl.LightningDataModule):
         tokenizer: Where the tokenizer comes from: Hub id, folder, GGUF file or ``embedded``. Set from ``model.base``.
         tokenizer_revision: Commit of the tokenizer's Hub repository; null for its newest.
         template: ``llama-3.1`` (packaged, dates pinned), ``tokenizer`` (the tokenizer's own) or a ``.jinja`` file.
-        mask: ``assistant`` supervises each answer and its end-of-turn token.
+        mask: ``assistant`` supervises each answer and its end-of-turn token, ``last`` the last answer alone.
+        micro_mean: null: a step's loss is the mean over its supervised tokens. A number: the mean over groups of so
+            many conversations of each group's token mean, as Hugging Face's trainer has it with batches of that size
+            and a model that does not take ``num_items_in_batch``. Weighs tokens of short answers more.
         control_tokens: ``text`` encodes control tokens quoted inside a message as plain text; ``control`` parses them.
         max_length: Most tokens of a conversation.
         truncation: What happens to longer ones: ``tokens`` cuts, ``turns`` keeps the complete turns that fit, ``drop``
             drops the row, ``error`` stops.
-        columns: Where the rows' columns have other names: a mapping such as ``{prompt: question, completion: answer}`` or
-            ``{messages: dialog}``; null where they have the usual ones.
+        columns: Where the rows' columns have other names: a mapping such as ``{prompt: question, completion: answer}``
+            or ``{messages: dialog}``; null where they have the usual ones.
         ignore: Keys of rows and turns to leave out, whatever they mean. Others that are neither read nor harmless make
             a row a bad one.
         empty_answers: ``refuse`` takes a row with an empty answer for a bad one; ``keep`` trains to answer nothing.
@@ -106,6 +110,7 @@ class ChatDataModule(pl.LightningDataModule):
         tokenizer_revision: str | None = None,
         template: str = "llama-3.1",
         mask: Mask = "assistant",
+        micro_mean: int | None = None,
         control_tokens: ControlTokens = "text",
         max_length: int = 2048,
         truncation: Truncation = "tokens",
@@ -225,15 +230,20 @@ class ChatDataModule(pl.LightningDataModule):
 
         """
         train = self.splits["train"]
-        documents = self.step_documents(step)
-        rows = train.rows[documents].tolist()
+        conversations = self.step_documents(step)
+        rows = train.rows[conversations].tolist()
         lengths = self.tokenized.lengths[rows].tolist()
+        factors, weight = batching.mean_factors(self.tokenized.weight[rows], self.hparams["micro_mean"])
         bins = batching.pack(lengths, self.budget(self.micro_batch_tokens), rank, world_size)
         return StepBatch(
-            micro_batches=tuple(self._micro_batch(train, [documents[i] for i in bin_]) for bin_ in bins),
+            micro_batches=tuple(
+                self._micro_batch(train, [conversations[i] for i in bin_], factors and [factors[i] for i in bin_])
+                for bin_ in bins
+            ),
             rows=tuple(rows),
             tokens=sum(lengths),
             supervised_tokens=int(self.tokenized.supervised[rows].sum()),
+            weight=weight,
         )
 
     @override
@@ -280,10 +290,11 @@ class ChatDataModule(pl.LightningDataModule):
             bins, collate_fn=partial(self._micro_batch, self.splits[split]), **loading_options(self.num_workers)
         )
 
-    def _micro_batch(self, split: SplitData, documents: Sequence[int]) -> MicroBatch:
-        rows = split.rows[list(documents)].tolist()
-        examples = [(self.tokenized.input_ids(row), self.tokenized.labels(row)) for row in rows]
-        return batching.collate(examples, documents, rows)
+    def _micro_batch(
+        self, split: SplitData, conversations: Sequence[int], factors: Sequence[float] | None = None
+    ) -> MicroBatch:
+        rows = split.rows[list(conversations)].tolist()
+        return batching.collate([self.tokenized.example(row) for row in rows], conversations, rows, factors)
 
     def budget(self, tokens: int | Literal["auto"]) -> int:
         """``micro_batch_tokens`` or ``eval_micro_batch_tokens`` as a number; `LabError` while it is ``auto``."""

@@ -4,7 +4,8 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from dataclasses import replace
+from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_lab import hub
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ControlTokens = Literal["text", "control"]
-Mask = Literal["assistant"]
+Mask = Literal["assistant", "last"]
 Truncation = Literal["tokens", "turns", "drop", "error"]
 
 CHARACTERS_A_TOKEN = 5  # English chat has fewer: nearly no row has to be tokenised a second time
@@ -59,15 +60,20 @@ class Encoded(NamedTuple):
     """A conversation ready to train on.
 
     Attributes:
-        input_ids: Token ids, at most ``max_length``.
+        input_ids: Token ids, at most ``max_length`` of each document.
         supervised: Whether each of them is supervised.
         truncated: Tokens were cut off.
+        weights: Each token's weight in the training loss, 0 where it is not supervised; None where all others have 1.
+        starts: Where each document after the first begins: a template that rewrites earlier turns takes one document
+            for each answer.
 
     """
 
     input_ids: list[int]
     supervised: list[bool]
     truncated: bool
+    weights: list[float] | None = None
+    starts: tuple[int, ...] = ()
 
 
 class RowTooLongError(RowError):
@@ -99,8 +105,8 @@ class ConversationEncoder:
         tokenizer: A fast Hugging Face tokenizer; it is read, never altered.
         template: As for `ChatTemplate`.
         control_tokens: ``text`` encodes control tokens quoted in a message as plain text, ``control`` parses them.
-        mask: ``assistant`` supervises each answer and its end-of-turn.
-        max_length: Tokens a row may have; None for no limit.
+        mask: ``assistant`` supervises each answer and its end-of-turn, ``last`` the last one alone.
+        max_length: Tokens a document may have; None for no limit.
         truncation: For longer rows: ``tokens`` cuts at ``max_length``, ``turns`` after the last answer that fits
             whole, ``drop`` and ``error`` refuse them.
 
@@ -122,7 +128,8 @@ class ConversationEncoder:
         max_length: int | None = None,
         truncation: Truncation = "tokens",
     ) -> None:
-        self.control_tokens, self.max_length, self.truncation = control_tokens, max_length, truncation
+        self.control_tokens, self.mask = control_tokens, mask
+        self.max_length, self.truncation = max_length, truncation
         self.template = ChatTemplate(tokenizer, template)
 
         from tokenizers import Tokenizer
@@ -144,22 +151,34 @@ class ConversationEncoder:
     def encode_batch(self, conversations: Sequence[Conversation | RowError]) -> list[Encoded | RowError]:
         """Render and tokenise many conversations at once, in order.
 
-        A `RowError` stands in the place of a conversation that is refused: by `ChatTemplate.render`, as nothing is left
-        to learn after truncation, or as `RowTooLongError`. An error among the conversations stays in its place.
+        A `RowError` stands in the place of a conversation that is refused: by `ChatTemplate.documents`, as nothing is
+        left to learn after truncation, or as `RowTooLongError`. An error among the conversations stays in its place.
         """
-        texts = [or_error(lambda c: self._pieces(self.template.render(c)), c) for c in conversations]
-        starts = [or_error(self._start, text) for text in texts]
-        results = self._encode(starts)
+        rendered = [or_error(self._documents, conversation) for conversation in conversations]
+        encoded = iter(self._encode([text for texts in rendered if not isinstance(texts, RowError) for text in texts]))
+        return [
+            texts if isinstance(texts, RowError) else or_error(_joined, list(islice(encoded, len(texts))))
+            for texts in rendered
+        ]
+
+    def _documents(self, conversation: Conversation) -> list[Rendered]:
+        texts = self.template.documents(conversation)
+        return [_last_alone(text) for text in texts[-1:]] if self.mask == "last" else texts
+
+    def _encode(self, texts: Sequence[Rendered]) -> list[Encoded | RowError]:
+        whole = [self._pieces(text) for text in texts]
+        first = [self._start(pieces) for pieces in whole]
+        results = self._assembled(first, texts)
         # what is cut at ``max_length`` anyway is the same from a start as from the whole text
         cut = [isinstance(result, Encoded) and result.truncated for result in results]
-        again = [i for i in range(len(texts)) if starts[i] is not texts[i] and not cut[i]]
-        for i, result in zip(again, self._encode([texts[i] for i in again]), strict=True):
+        again = [i for i in range(len(texts)) if first[i] is not whole[i] and not cut[i]]
+        for i, result in zip(again, self._assembled([whole[i] for i in again], [texts[i] for i in again]), strict=True):
             results[i] = result
         return results
 
-    def _encode(self, texts: Sequence[list[_Piece] | RowError]) -> list[Encoded | RowError]:
-        tokens = iter(self._tokenize([text for text in texts if not isinstance(text, RowError)]))
-        return [text if isinstance(text, RowError) else or_error(self._assemble, next(tokens)) for text in texts]
+    def _assembled(self, pieces: Sequence[list[_Piece]], texts: Sequence[Rendered]) -> list[Encoded | RowError]:
+        tokens = zip(self._tokenize(pieces), texts, strict=True)
+        return [or_error(lambda pair: self._assemble(pair[0], pair[1].weights), pair) for pair in tokens]
 
     def _start(self, pieces: list[_Piece]) -> list[_Piece]:
         """The pieces that most likely hold ``max_length`` tokens; all of them where nothing is cut there."""
@@ -199,23 +218,23 @@ class ConversationEncoder:
         token_ends = {m.start(): m.end() for stretch in parsed for m in pattern.finditer(text, *stretch)}
         cuts = sorted({*edges, *token_ends, *token_ends.values()})
 
-        starts = [start for start, _ in spans]
         pieces: list[_Piece] = []
-        end = 0
+        end = number = 0
         for start, next_cut in pairwise(cuts):
             if start < end:  # inside a control token that takes in the whitespace after it
                 continue
             end = token_ends.get(start, next_cut)
-            span = bisect_right(starts, start) - 1
-            inside = span >= 0 and start < spans[span][1]
+            while number < len(spans) and spans[number][1] <= start:
+                number += 1
+            span = number if number < len(spans) and spans[number][0] <= start else None
             part, skip = text[start:end], 0
             if start in token_ends:
                 token = part if part in self.template.control_ids else part.strip()
-                pieces.append(_Piece(self.template.control_ids[token], 0, span if inside else None))
+                pieces.append(_Piece(self.template.control_ids[token], 0, span))
                 continue
             if pieces and self._adds_space[isinstance(pieces[-1].content, int)]:
                 part, skip = f"\n{part}", self._newline  # which takes the space that belongs to a text's start
-            pieces.append(_Piece(part, skip, span if inside else None))
+            pieces.append(_Piece(part, skip, span))
         return pieces
 
     def _probe_prefix(self) -> None:
@@ -237,17 +256,22 @@ class ConversationEncoder:
         encodings = self._backend.encode_batch_fast(list(contents), add_special_tokens=False)
         ids_of = {content: encoding.ids for content, encoding in zip(contents, encodings, strict=True)}
         return [
-            [([c] if isinstance(c, int) else ids_of[c][skip:], span) for c, skip, span in pieces] for pieces in texts
+            [([c] if isinstance(c, int) else ids_of[c][skip:] if skip else ids_of[c], span) for c, skip, span in pieces]
+            for pieces in texts
         ]
 
-    def _assemble(self, pieces: list[_Tokens]) -> Encoded:
-        """Lay ids and mask side by side, and truncate both."""
+    def _assemble(self, pieces: list[_Tokens], answer_weights: Sequence[float]) -> Encoded:
+        """Lay ids, mask and weights side by side, and truncate them."""
         ids: list[int] = []
         supervised: list[bool] = []
+        weights: list[float] | None = None if set(answer_weights) <= {0.0, 1.0} else []
         answer_ends: dict[int, int] = {}  # in tokens
         for tokens, span in pieces:
             ids += tokens
-            supervised += [span is not None] * len(tokens)
+            weight = 0.0 if span is None else answer_weights[span]
+            supervised += [weight > 0] * len(tokens)
+            if weights is not None:
+                weights += [weight] * len(tokens)
             if span is not None:
                 answer_ends[span] = len(ids)
 
@@ -260,6 +284,7 @@ class ConversationEncoder:
             fitting = [end for end in answer_ends.values() if end <= limit]
             keep = max(fitting, default=0) if self.truncation == "turns" else limit
             del ids[keep:], supervised[keep:]
+            weights = weights and weights[:keep]
         if True not in supervised[1:]:  # the first token has nothing before it to be predicted from
             if truncated:
                 verb = "ends" if self.truncation == "turns" else "begins"
@@ -267,5 +292,29 @@ class ConversationEncoder:
                     f"nothing left to learn: no answer {verb} within data.max_length {limit} "
                     f"(the row has {length} tokens)"
                 )
-            raise RowError("nothing left to learn: its answers are empty and the template writes no end-of-turn token")
-        return Encoded(ids, supervised, truncated)
+            raise RowError(
+                "nothing left to learn: its answers are context only, or empty and the template writes no end-of-turn"
+            )
+        return Encoded(ids, supervised, truncated, weights)
+
+
+def _last_alone(text: Rendered) -> Rendered:
+    return replace(text, weights=(*(0.0 for _ in text.weights[1:]), *text.weights[-1:]))
+
+
+def _joined(documents: Sequence[Encoded | RowError]) -> Encoded:
+    """The documents of one row, laid one after another, less those with nothing left to learn."""
+    kept = [document for document in documents if isinstance(document, Encoded)]
+    for error in documents:
+        if isinstance(error, RowTooLongError) or (isinstance(error, RowError) and not kept):
+            raise error
+    if len(kept) == len(documents) == 1:
+        return kept[0]
+    weighted = any(document.weights for document in kept)
+    return Encoded(
+        input_ids=[i for document in kept for i in document.input_ids],
+        supervised=[learned for document in kept for learned in document.supervised],
+        truncated=len(kept) < len(documents) or any(document.truncated for document in kept),
+        weights=[float(w) for d in kept for w in d.weights or d.supervised] if weighted else None,
+        starts=tuple(accumulate(len(document.input_ids) for document in kept[:-1])),
+    )

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import Progress
 
+from lightning_lab.data.batching import Example
 from lightning_lab.data.conversation import RowError, RowFormat, or_error, parse_conversation
 from lightning_lab.data.encoding import IGNORED, ConversationEncoder, Encoded, RowTooLongError
 from lightning_lab.data.sources import Rows
@@ -29,7 +30,7 @@ from lightning_lab.hub import cache_dir
 OnBadRow = Literal["error", "drop"]
 
 # Part of the cache key: raise it whenever the columns, or what parsing or rendering makes of the same input, change.
-_FORMAT = 4
+_FORMAT = 5
 _BATCH_ROWS = 256  # bounds the memory of preparation; more is no faster
 _OBJECTS_A_SEARCH = 100_000  # a search at each 700, the default, takes a third of the time
 _SUM_BYTES = hashlib.sha256().digest_size  # the file ends with the sum of what is before
@@ -39,6 +40,8 @@ _SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         "supervised": pa.list_(pa.bool_()),
+        "weights": pa.list_(pa.float32()),  # null where every supervised token has 1
+        "starts": pa.list_(pa.int32()),  # null for the usual one document
         "truncated": pa.bool_(),
         "reason": pa.string(),  # why the row is dropped; null for the others
         "too_long": pa.bool_(),
@@ -57,7 +60,8 @@ class TokenizedRows:
 
     Attributes:
         lengths: int64 [rows], tokens of each row.
-        supervised: int64 [rows], labels of each row that can be predicted: those after the first token.
+        supervised: int64 [rows], labels of each row that can be predicted: those after a document's first token.
+        weight: float64 [rows], the sum of their weights in the training loss.
         dropped: Index of each dropped row -> reason.
         truncated: Indices of rows that were cut at ``max_length``.
         fingerprint: Of the rows, the encoder and the file's format.
@@ -69,7 +73,14 @@ class TokenizedRows:
         ends = np.cumsum(self.lengths)[:-1]
         self._ids = np.split(pc.list_flatten(table["input_ids"]).to_numpy(), ends)
         self._masks = np.split(pc.list_flatten(table["supervised"]).to_numpy(), ends)
-        self.supervised = np.array([np.count_nonzero(mask[1:]) for mask in self._masks])
+        self._starts = _filled(table["starts"])
+        self._weights = _filled(table["weights"])
+        self.supervised = np.array(
+            [np.count_nonzero(mask[1:]) - mask[self._starts.get(i, [])].sum() for i, mask in enumerate(self._masks)]
+        )
+        self.weight = self.supervised.astype(np.float64)
+        for i, weights in self._weights.items():
+            self.weight[i] = weights[1:].sum(dtype=np.float64) - weights[self._starts.get(i, [])].sum(dtype=np.float64)
         self.dropped = {i: reason for i, reason in enumerate(table["reason"].to_pylist()) if reason is not None}
         self.truncated = np.flatnonzero(table["truncated"].to_numpy()).tolist()
         self.fingerprint = fingerprint
@@ -85,11 +96,25 @@ class TokenizedRows:
         """Return the labels of a row: int32 [length], not shifted, -100 where it is not supervised."""
         return np.where(self._masks[index], self._ids[index], np.int32(IGNORED))
 
+    def example(self, index: int) -> Example:
+        """Return a row to train on or to evaluate."""
+        return Example(self.input_ids(index), self.labels(index), self._weights.get(index), self._starts.get(index, ()))
+
     @cached_property
     def row_hashes(self) -> np.ndarray:
-        """CRC-32 of each row's ids and mask, uint32 [rows]: equal where a run trains or evaluates the same."""
+        """CRC-32 of all that a row's example holds, uint32 [rows]: equal where a run trains or evaluates the same."""
         pairs = zip(self._ids, self._masks, strict=True)
-        return np.array([zlib.crc32(mask.data, zlib.crc32(ids.data)) for ids, mask in pairs], dtype=np.uint32)
+        hashes = [zlib.crc32(mask.data, zlib.crc32(ids.data)) for ids, mask in pairs]
+        for rest in (self._weights, self._starts):
+            for i, values in rest.items():
+                hashes[i] = zlib.crc32(values.data, hashes[i])
+        return np.array(hashes, dtype=np.uint32)
+
+
+def _filled(column: pa.ChunkedArray) -> dict[int, np.ndarray]:
+    """The lists of a column that has few of them, by row."""
+    rows = np.flatnonzero(column.is_valid().to_numpy()).tolist()
+    return {i: column[i].values.to_numpy() for i in rows}
 
 
 def changed_rows(before: Sequence[int], now: Sequence[int]) -> str:
@@ -175,6 +200,8 @@ def _encode(rows: Rows, encoder: ConversationEncoder, row_format: RowFormat, fir
         {
             "input_ids": [encoded.input_ids for encoded in kept],
             "supervised": [encoded.supervised for encoded in kept],
+            "weights": [encoded.weights for encoded in kept],
+            "starts": [encoded.starts or None for encoded in kept],
             "truncated": [encoded.truncated for encoded in kept],
             "reason": [str(result) if isinstance(result, RowError) else None for result in results],
             "too_long": [isinstance(result, RowTooLongError) for result in results],

@@ -25,10 +25,11 @@ def supervised_nll_sum(
     targets: Tensor,
     gradient_scale: float = 1.0,
     compiled: bool = False,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the negative log-likelihood of ``targets``, differentiable with respect to ``hidden``.
+    """Weighted sum of the negative log-likelihood of ``targets``, differentiable with respect to ``hidden``.
 
-    A sum, not a mean: `training.module` divides by the supervised tokens of the whole step, over all micro-batches and
+    A sum, not a mean: `training.module` divides by the weights of the whole step, over all micro-batches and
     processes, after the last of them (`QLoRAModule.training_step`, `on_before_optimizer_step`).
 
     The head is frozen (adapters on it are refused), so it gets no gradient. The gradient of ``hidden`` is made together
@@ -41,12 +42,13 @@ def supervised_nll_sum(
         gradient_scale: Loss scaling for float16: the gradient comes out multiplied by it, the value does not. It is
             applied in float32 before the gradient is rounded, since a probability under 6e-8 is 0 in float16.
         compiled: Compile what is done to the logits, so that no float32 copy of them is made.
+        weights: ``[S]`` float32, of each target; None for 1.
 
     Returns:
         float32 scalar in nats; 0 with a graph when ``S`` is 0.
 
     """
-    return _NLLSum.apply(hidden, head, targets, gradient_scale, compiled)
+    return _NLLSum.apply(hidden, head, targets, weights, gradient_scale, compiled)
 
 
 @torch.no_grad()
@@ -78,19 +80,27 @@ def supervised_nll(hidden: Tensor, head: Tensor, targets: Tensor, compiled: bool
 class _NLLSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, gradient_scale: float, compiled: bool
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        gradient_scale: float,
+        compiled: bool,
     ) -> Tensor:
         softmax_of = _compile(_scaled_softmax) if compiled else _scaled_softmax
-        # a tensor: torch.compile would take each number for a new constant
-        scale = torch.full((), gradient_scale, dtype=torch.float32, device=hidden.device)
+        # tensors: torch.compile would take each number for a new constant
+        one = torch.full((1,), gradient_scale, dtype=torch.float32, device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
         for rows in _chunks(len(targets), head):
             logits = hidden[rows] @ head.T
             at_target = _at(logits, targets[rows])
-            logsumexp, softmax = softmax_of(logits, scale)
+            scale = one if weights is None else weights[rows] * gradient_scale
+            logsumexp, softmax = softmax_of(logits, scale[:, None])
             del logits
-            total += (logsumexp - at_target).sum()
+            nll = logsumexp - at_target
+            total += (nll if weights is None else nll * weights[rows]).sum()
             # d nll / d logits = softmax - onehot
             less_one = (at_target - logsumexp).expm1() * scale
             softmax.scatter_(-1, targets[rows, None], less_one.to(softmax.dtype)[:, None])
@@ -102,7 +112,7 @@ class _NLLSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors  # only hidden can need one
-        return gradient * grad_output.to(gradient.dtype), None, None, None, None
+        return gradient * grad_output.to(gradient.dtype), None, None, None, None, None
 
 
 def chunk_rows(vocabulary: int, device_type: str) -> int:
@@ -128,7 +138,7 @@ def _compile(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
 
 
 def _scaled_softmax(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's log-sum-exp in float32, and its softmax times ``scale`` in the logits' dtype."""
+    """Return each row's log-sum-exp in float32, and its softmax times ``scale`` (``[rows or 1, 1]``) in their dtype."""
     scores = logits.float()
     top = scores.amax(-1, keepdim=True)
     exponentials = scores.sub_(top).exp_()

@@ -65,7 +65,7 @@ class EvaluationSums:
         self._host: list[tuple[int, int, int]] = []
 
     def add(self, batch: MicroBatch, nll: Tensor, correct: Tensor) -> None:
-        """Add one micro-batch of ``D`` documents and ``S`` supervised tokens.
+        """Add one micro-batch of ``C`` conversations and ``S`` supervised tokens.
 
         Args:
             batch: The micro-batch.
@@ -73,10 +73,10 @@ class EvaluationSums:
             correct: ``[S]`` bool.
 
         """
-        documents = len(batch.documents)
+        conversations = len(batch.documents)
         # float64: a sum over any packing then rounds to the same float32
-        sums = torch.zeros(documents, dtype=torch.float64, device=nll.device)
-        hits = torch.zeros(documents, dtype=torch.int64, device=nll.device)
+        sums = torch.zeros(conversations, dtype=torch.float64, device=nll.device)
+        hits = torch.zeros(conversations, dtype=torch.int64, device=nll.device)
         sums.index_add_(0, batch.target_documents, nll.double())
         hits.index_add_(0, batch.target_documents, correct.long())
         self._device.append((sums, hits))

@@ -138,8 +138,9 @@ class QLoRAModule(Lifecycle):
     def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, float]:
         """One optimizer step over all micro-batches of ``batch``.
 
-        The loss of a step is the summed NLL over its supervised tokens, divided by their number on all processes; its
-        gradient likewise, whatever the cut. There is one device-to-host read, after the last micro-batch.
+        The loss of a step is the weighted sum of NLL over its supervised tokens, divided by the sum of their weights
+        (1 each, unless the data says otherwise) on all processes; its gradient likewise, whatever the cut. There is one
+        device-to-host read, after the last micro-batch.
 
         Returns:
             The step's row of ``metrics.csv``.
@@ -155,11 +156,12 @@ class QLoRAModule(Lifecycle):
         learning_rate = float(scheduler.get_last_lr()[0])
 
         half = self.compute_dtype == torch.float16
-        gradient_scale = self.loss_scale.value / batch.supervised_tokens if half else 1.0
+        weight = batch.supervised_tokens if batch.weight is None else batch.weight
+        gradient_scale = self.loss_scale.value / weight if half else 1.0
         nll, raw_norm = self._sum_over_processes(self._backward(batch, gradient_scale))
 
-        loss = nll / batch.supervised_tokens
-        unscale = 1.0 / (gradient_scale * batch.supervised_tokens)
+        loss = nll / weight
+        unscale = 1.0 / (gradient_scale * weight)
         grad_norm = raw_norm * unscale
         if self._may_step(loss, grad_norm, batch, half):
             limit = self.settings.max_grad_norm
@@ -172,14 +174,19 @@ class QLoRAModule(Lifecycle):
         return self._log_step(batch, loss, grad_norm, learning_rate)
 
     def _backward(self, batch: StepBatch, gradient_scale: float) -> Tensor:
-        """Run this process's micro-batches forward and backward; return their summed NLL, a scalar on the device."""
+        """Run this process's micro-batches forward and backward; return their weighted NLL, a scalar on the device."""
         total = torch.zeros((), device=self.device)
         model = self.trainer.strategy.model
         with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
             for micro_batch in batch.micro_batches:
                 hidden = self.last_hidden_state(micro_batch)[micro_batch.predicting]
                 nll = supervised_nll_sum(
-                    hidden, self.head, micro_batch.targets, gradient_scale, compiled=self.settings.compile
+                    hidden,
+                    self.head,
+                    micro_batch.targets,
+                    gradient_scale,
+                    compiled=self.settings.compile,
+                    weights=micro_batch.weights,
                 )
                 self.manual_backward(nll)
                 total += nll.detach()
@@ -243,7 +250,7 @@ class QLoRAModule(Lifecycle):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Normalise by the step's supervised tokens, undo float16 scaling and clip, in one multiplication."""
+        """Normalise by the step's summed weights, undo float16 scaling and clip, in one multiplication."""
         torch._foreach_mul_([w.grad for w in self.trainable() if w.grad is not None], self._gradient_factor)
 
     def _log_step(self, batch: StepBatch, loss: float, grad_norm: float, learning_rate: float) -> dict[str, float]:

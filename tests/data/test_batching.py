@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities import move_data_to_device
 
-from lightning_lab.data.batching import StepBatch, collate, epoch_order, pack, share, split_rows, split_sizes
+from lightning_lab.data.batching import Example, StepBatch, collate, epoch_order, pack, share, split_rows, split_sizes
 from lightning_lab.errors import LabError
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
@@ -74,6 +74,27 @@ def test_collating_by_hand() -> None:
     assert batch.target_documents.tolist() == [0, 0, 1]
     assert (batch.document_lengths, batch.target_counts) == ((4, 3), (2, 1))
     assert (batch.documents, batch.rows) == ((8, 9), (80, 90))
+
+
+def test_collating_weights_and_a_conversation_of_two_documents_by_hand() -> None:
+    def example(ids: list[int], labels: list[int], *rest: Any) -> Example:
+        return Example(np.array(ids, np.int32), np.array(labels, np.int32), *rest)
+
+    weighted = example([1, 2, 3], [-100, 2, 3], np.array([0, 0.5, 2], np.float32))
+    two = example([4, 5, 6, 7, 8], [-100, 5, 6, -100, 8], None, [2])  # 6 begins the second document: no target
+    batch = collate([weighted, two], documents=[0, 1], rows=[0, 1])
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 8]
+    assert batch.predicting.tolist() == [0, 1, 3, 6]
+    assert batch.targets.tolist() == [2, 3, 5, 8]
+    assert batch.target_documents.tolist() == [0, 0, 1, 1]
+    assert (batch.document_lengths, batch.target_counts) == ((3, 2, 3), (2, 2))
+    assert batch.weights is not None
+    assert batch.weights.tolist() == [0.5, 2, 1, 1]
+    scaled = collate([weighted, two], [0, 1], [0, 1], factors=[2.0, 0.25]).weights
+    assert scaled is not None
+    assert scaled.tolist() == [1, 4, 0.25, 0.25]
+    assert collate([two], [1], [1]).weights is None
 
 
 def test_moving_a_step_moves_its_tensors() -> None:

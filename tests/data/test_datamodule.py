@@ -117,7 +117,7 @@ class TestSettings:
         ("key", "value", "choices"),
         [
             ("control_tokens", "parse", "text, control"),
-            ("mask", "roles", "assistant"),
+            ("mask", "roles", "assistant, last"),
             ("truncation", None, "tokens, turns, drop, error"),
             ("on_bad_row", "skip", "error, drop"),
             ("eval_split", "dev", "train, validation, test"),

@@ -78,6 +78,28 @@ def test_labels_at_the_first_token_do_not_count(smollm2_tokenizer: Any, tmp_path
     assert (data.lengths[0], data.supervised[0]) == (3, 2)
 
 
+def test_weights_are_kept_where_they_are_not_all_one(smollm2_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "bare.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    bare = ConversationEncoder(smollm2_tokenizer, str(tmp_path / "bare.jinja"))
+
+    def answers(*weights: float) -> dict[str, Any]:
+        contents = [" one", " two three", " four"]
+        pairs = zip(contents, weights, strict=True)
+        return {"messages": [{"role": "assistant", "content": c, "weight": w} for c, w in pairs]}
+
+    rows = as_rows([answers(1, 1, 1), answers(1, 0, 1), answers(3, 0.5, 0)])
+    for _ in ("made", "from the cache"):
+        data = tokenize_rows(rows, bare, on_bad_row="error", progress=False)
+        assert data.supervised.tolist() == [3, 1, 2]  # less the first token, which nothing predicts
+        assert data.weight.tolist() == [3, 1, 1]
+        assert [data.example(i).weights is None for i in range(3)] == [True, True, False]
+        weights = data.example(2).weights
+        assert weights is not None
+        assert weights.tolist() == [3, 0.5, 0.5, 0]
+        assert (data.labels(1) == -100).tolist() == [False, True, True, False]
+        assert len(set(data.row_hashes.tolist())) == 3
+
+
 def test_the_earliest_bad_row_is_named_whatever_comes_after(encoder: ConversationEncoder) -> None:
     rows = as_rows([*GOOD[:300], {"text": "no"}, *GOOD[:300], {"other": "no"}])
     thresholds = gc.get_threshold()

@@ -45,6 +45,19 @@ def test_value_and_gradient_equal_whole_logits(
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_reach_value_and_gradient(chunks_of: Callable[[int], None], compiled: bool) -> None:
+    chunks_of(5)
+    hidden, head, targets = _inputs(13)
+    weights = torch.tensor([0.0, 0.25, 1.0, 3.0] * 4)[:13]
+    expected = (F.cross_entropy(hidden @ head.T, targets, reduction="none") * weights).sum()
+    (expected_gradient,) = torch.autograd.grad(expected, hidden)
+    total = supervised_nll_sum(hidden, head, targets, 8.0, compiled=compiled, weights=weights)
+    (gradient,) = torch.autograd.grad(total, hidden)
+    torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, 8.0 * expected_gradient, atol=1e-5, rtol=1e-5)
+
+
 def test_no_positions_is_zero_with_a_graph() -> None:
     hidden, head, targets = _inputs(0)
     total = supervised_nll_sum(hidden, head, targets)
