@@ -58,7 +58,7 @@ EVALUATIONS = 2  # the first warms up, the second counts
 RECORDED = {
     "notebook-3b": "| Unsloth 2024.10.0 on a T4, fp16, as recorded in the lab's notebook (60 steps in 446.5 s) | | | | "
     "7.44 | 6.531 GB reserved | | | |",
-    "notebook-1b": "| Unsloth 2025.11.6 on a T4, fp16, as recorded by the lab (1,500 steps at 3.23 conversations/s) | | | | "
+    "notebook-1b": "| Unsloth 2025.11.6 on a T4, fp16, r 32, as recorded by the lab (3.23 conversations/s) | | | | "
     "2.48 | 3.018 GB reserved | | | 5.83 conversations/s |",
 }
 
