@@ -180,14 +180,8 @@ class QLoRAModule(Lifecycle):
         with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
             for micro_batch in batch.micro_batches:
                 hidden = self.last_hidden_state(micro_batch)[micro_batch.predicting]
-                nll = supervised_nll_sum(
-                    hidden,
-                    self.head,
-                    micro_batch.targets,
-                    gradient_scale,
-                    compiled=self.settings.compile,
-                    weights=micro_batch.weights,
-                )
+                targets, weights = micro_batch.targets, micro_batch.weights
+                nll = supervised_nll_sum(hidden, self.head, targets, gradient_scale, self.settings.compile, weights)
                 self.manual_backward(nll)
                 total += nll.detach()
         return total
