@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_lab.models import base, cpu
+from lightning_lab.models.qlora import add_adapters
 
 from .conftest import CPU, package_gguf, refusal
 
@@ -104,6 +105,28 @@ def test_a_quantised_folder_gives_the_same_logits(quantised_folder, smollm_4):
     ids = torch.arange(100, 164)[None]
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, smollm_4(input_ids=ids).logits)
+
+
+def test_a_quantised_folder_may_keep_some_layers_in_sixteen_bits(tiny_folder, tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    mixed = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", "model.layers.0.mlp.down_proj"],
+    )
+    stored = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=mixed, dtype=torch.float32)
+    stored.save_pretrained(tmp_path / "mixed")
+    again = load(tmp_path / "mixed", bits=4)
+    kinds = [type(layer.mlp.down_proj).__name__ for layer in again.model.layers]
+    assert kinds == ["Linear", "Linear4bit"]
+    ids = torch.arange(8)[None]
+    settings = dict(dropout=0.0, rslora=False, dora=False, seed=1)
+    adapted = add_adapters(again, r=2, alpha=2, target_modules=["down_proj"], **settings)
+    with torch.no_grad():
+        assert torch.equal(adapted(input_ids=ids).logits, stored(input_ids=ids).logits)  # new adapters change nothing
 
 
 @pytest.mark.parametrize(
