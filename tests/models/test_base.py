@@ -117,7 +117,7 @@ def test_a_quantised_folder_may_keep_some_layers_in_sixteen_bits(tiny_folder, tm
         bnb_4bit_compute_dtype=torch.float32,
         llm_int8_skip_modules=["lm_head", "model.layers.0.mlp.down_proj"],
     )
-    stored = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=mixed, dtype=torch.float32)
+    stored = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=mixed, dtype=torch.float32).train()
     stored.save_pretrained(tmp_path / "mixed")
     again = load(tmp_path / "mixed", bits=4)
     kinds = [type(layer.mlp.down_proj).__name__ for layer in again.model.layers]
@@ -126,7 +126,7 @@ def test_a_quantised_folder_may_keep_some_layers_in_sixteen_bits(tiny_folder, tm
     settings = dict(dropout=0.0, rslora=False, dora=False, seed=1)
     adapted = add_adapters(again, r=2, alpha=2, target_modules=["down_proj"], **settings)
     with torch.no_grad():
-        assert torch.equal(adapted(input_ids=ids).logits, stored(input_ids=ids).logits)  # new adapters change nothing
+        torch.testing.assert_close(adapted(input_ids=ids).logits, stored(input_ids=ids).logits)  # an adapter adds 0
 
 
 @pytest.mark.parametrize(
