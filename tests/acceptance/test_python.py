@@ -89,8 +89,8 @@ def test_importing_loads_nothing() -> None:
 
 class TestFigures:
     def test_fit_validate_test_and_predict(self, module: Any, data: Any) -> None:
-        assert module.evaluation is None
         m, d, rows = module(), data(), Rows()
+        assert m.evaluation is None
         t = trainer(max_epochs=1, callbacks=[rows])
         t.fit(m, d)
         assert [row["step"] for row in rows.rows] == [1, 2, 3, 4, 5]
