@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,8 +189,15 @@ class LabCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """A sweep has no run of its own."""
-        if self.command != "sweep":
+        if self.command == "sweep":
+            return
+        try:
             super().instantiate_classes()
+        except ValueError as error:  # of the parser, around what a logger or callback raised, such as a missing package
+            problem = re.search(r"Problem with given class_path.*\n.*", str(error))
+            if problem is None:
+                raise
+            raise LabError(problem[0]) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with a run directory; TensorBoard beside it unless another logger is set."""
@@ -198,6 +206,7 @@ class LabCLI(LightningCLI):
             here = {"accelerator": "cpu", "devices": 1, "strategy": "auto"} if self.command == "preview" else {}
             return self._trainer(given, logger=False, callbacks=None, **here)
         run_dir, predictions = self.paths.run_dir, None
+        self.model.continues = self.paths.checkpoint is not None
         self.model.evaluate_base = self.command != "fit" and self.paths.checkpoint is None
         if self.command == "predict":
             source = self.datamodule.predict_source
@@ -271,6 +280,8 @@ def _preview(cli: LabCLI) -> None:
     data, settings = cli.datamodule, cli.settings
     settle_auto(cli.trainer, cli.model, data, training=True)
     data.prepare(progress=not settings.json)
+    if settings.json:
+        data.print_summary()
     preview(data, limit=settings.limit, as_json=settings.json)
 
 

@@ -55,6 +55,11 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
         else:
             expects_value = arg in ("--config", "-c")
             resolved.append(arg)
+    for arg, following in zip(args, [*args, ""][1:], strict=True):
+        option, separator, value = arg.partition("=")
+        part = Path(value if separator else following)
+        if option in ("--model", "--data", "--trainer", "--sweep") and part.suffix in (".yaml", ".yml"):
+            read_yaml(part)  # of a key that is given twice the parser would take the last
     return resolved, files
 
 

@@ -120,10 +120,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Nodes below and with this one, each alias written out."""
+    """Nodes below and with this one, each alias written out; a key that is given twice is an error."""
     if id(node) not in known:
         known[id(node)] = LARGEST_YAML + 1  # an alias of itself has no end
         inner = node.value if isinstance(node.value, list) else []
+        keys: set[str] = set()
+        for key in (entry[0] for entry in inner if isinstance(entry, tuple)):
+            if (name := f"{key.tag} {key.value}") in keys:
+                twice = f"the key {key.value} is given twice; keep one"
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
+            keys.add(name)
         parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(node)]
@@ -143,7 +149,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_sums(folder: Path) -> None:
     """Write the SHA-256 of each file of a folder beside them."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
-    write_whole(folder / SUMS, "".join(f"{_sha256(path)}  {path.name}\n" for path in files))
+    write_whole(folder / SUMS, "".join(f"{sha256(path)}  {path.name}\n" for path in files))
 
 
 def check_sums(folder: Path) -> None:
@@ -159,10 +165,11 @@ def check_sums(folder: Path) -> None:
     for line in lines or [end]:
         digest, _, name = line.partition("  ")
         path = folder / name
-        if end or not path.is_file() or _sha256(path) != digest:
+        if end or not path.is_file() or sha256(path) != digest:
             raise LabError(f"{path}: is damaged or missing ({SUMS} of {folder} says otherwise)")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hash a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

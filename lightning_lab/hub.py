@@ -141,21 +141,22 @@ def quiet_progress_bars() -> None:
 # --- data sets ----------------------------------------------------------------------------------------------------
 
 
-def load_dataset(name: str, *, split: str = "train", revision: str | None = None) -> datasets.Dataset:
+def load_dataset(name: str, *, config: str | None, split: str, revision: str | None = None) -> datasets.Dataset:
     """Load one split of a Hub data set, from the cache where there is no network.
 
     Raises:
-        LabError: The Hub refuses or cannot be reached, or the data set cannot be loaded.
+        LabError: The Hub refuses or cannot be reached, or the data set cannot be loaded; of a configuration or split
+            that is not there, names those that are.
 
     """
     import datasets
 
-    with _worded("data.source", name, "set data.source to a local file, embedded or chitchat"):
+    with _worded("data.source", name, "set data.source_config or data.source_split, or data.source to a local file"):
         cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
         if not _reachable(name, "dataset", revision) and not cached.exists():
             # the loader repeats a failing request for 23 s before it says so
             raise ConnectionError("no network, and it is not in the cache")
-        return datasets.load_dataset(name, split=split, revision=revision)
+        return datasets.load_dataset(name, config, split=split, revision=revision)
 
 
 # --- one wording for every network error ----------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def _worded(key: str, name: str, instead: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        said = " ".join(str(error).split())[:600] or type(error).__name__  # it lists the splits that there are
         words: dict[Any, str] = {
             errors.GatedRepoError: f"is gated; accept its terms on its Hub page and {LOGIN}, or {instead}",
             errors.RevisionNotFoundError: "has no such revision; check it, or leave it out",

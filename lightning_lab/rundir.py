@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from lightning_lab.errors import LabError
-from lightning_lab.files import read_json, set_aside, write_whole, writing
+from lightning_lab.files import flatten, read_json, set_aside, write_whole, writing
 
 RUNS = Path("runs")
 BASE = "base"
@@ -92,6 +92,9 @@ def _checkpoint(command: str, name: str, asked: Path | None, ckpt_path: str | No
     if ckpt_path in ("best", "last"):
         file = f"{ckpt_path}.ckpt"
         run = asked or newest_run(name, file)
+        latest = asked or newest_run(name, "last.ckpt")
+        if ckpt_path == "best" and latest and not has_validation(latest):
+            raise LabError(f"{latest} has no best.ckpt, as it has no validation split; pass last or a .ckpt file")
         if run is None:
             raise LabError(
                 f"there is no run of the name {name} with a {file} under {RUNS}/; train one with `fit`, or pass "
@@ -103,10 +106,18 @@ def _checkpoint(command: str, name: str, asked: Path | None, ckpt_path: str | No
         return checkpoint
     checkpoint = Path(str(ckpt_path)).expanduser()
     if ckpt_path and checkpoint.is_dir():
-        raise LabError(f"{ckpt_path}: is a folder; name a .ckpt file (of an exported adapter, the one beside it)")
+        beside = checkpoint.resolve().with_suffix(".ckpt")  # best/ and best.ckpt hold the same adapter
+        if not beside.is_file():
+            raise LabError(f"{ckpt_path}: is a folder; name a .ckpt file, or begin from an adapter with model.adapter")
+        return beside
     if not checkpoint.is_file():
         raise LabError(f"{ckpt_path}: no such checkpoint; pass best, last, base or a .ckpt file")
     return checkpoint
+
+
+def has_validation(run_dir: Path) -> bool:
+    """Whether a run validates: not where its data has no validation split."""
+    return flatten(read_json(run_dir / ENVIRONMENT)).get("data.splits.validation.conversations") != 0
 
 
 def unused_directory(wanted: Path) -> Path:

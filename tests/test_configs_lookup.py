@@ -194,6 +194,12 @@ class TestResolveConfigs:
     def test_everything_else_is_left_alone(self, args: list[str]) -> None:
         assert resolve_configs(args) == (args, [])
 
+    @pytest.mark.parametrize("args", [["--config=own.yaml"], ["--data=own.yaml"], ["--model", "own.yaml"]])
+    def test_a_key_that_is_given_twice_is_an_error(self, args: list[str]) -> None:
+        Path("own.yaml").write_text("lr: 1\nr: 2\nlr: 3\n")
+        with pytest.raises(LabError, match=r"own\.yaml line 3: .*the key lr is given twice"):
+            resolve_configs(args)
+
     @pytest.mark.parametrize("args", [["--config=no.yaml"], ["-c", "no.yaml"], ["--config="]])
     def test_a_missing_one_is_an_error(self, args: list[str]) -> None:
         with pytest.raises(LabError, match="no such config"):

@@ -58,6 +58,7 @@ class TestYaml:
             ("a: &a {b: *a}", "more than 100,000 values"),
             ("a: " + "[" * 5000 + "]" * 5000, "nested too deep"),
             ("model: [unclosed\n", r"line 2: is not YAML"),
+            ("a:\n  b: 1\n  c: 2\n  b: 1\n", r"line 4: is not YAML \(the key b is given twice; keep one\)"),
             ("- 1\n- 2\n", "holds no settings"),
             ("", "holds no settings"),
             ("a: \x00", "is not YAML"),

@@ -176,6 +176,28 @@ class TestAnyCommand:
         with pytest.raises(LabError, match=r"^runs/a/checkpoints: is a folder; name a \.ckpt file"):
             resolve_run(command, "a", None, "runs/a/checkpoints")
 
+    @pytest.mark.parametrize("path", ["runs/a/checkpoints/best", "runs/a/checkpoints/best/"])
+    def test_an_adapters_folder_stands_for_the_file_beside_it(self, command: str, path: str) -> None:
+        make("runs/a")
+        Path(path).mkdir()
+        found = resolve_run(command, "a", None, path)
+        assert found.checkpoint == Path("runs/a/checkpoints/best.ckpt").resolve()
+        Path("runs/a/checkpoints/best.ckpt").unlink()
+        with pytest.raises(LabError, match=r"best.*: is a folder; .*begin from an adapter with model\.adapter"):
+            resolve_run(command, "a", None, path)
+
+    def test_best_of_a_run_without_validation(self, command: str) -> None:
+        make("runs/a")
+        make("runs/a-2", checkpoints=("last",))
+        splits = {"validation": {"conversations": 0}}
+        Path("runs/a-2/environment.json").write_text(json.dumps({"name": "a", "data": {"splits": splits}}))
+        for run_dir in ("runs/a-2", None):  # the older run's is not meant
+            with pytest.raises(
+                LabError, match=r"^runs/a-2 has no best\.ckpt, as it has no validation split; pass last"
+            ):
+                resolve_run(command, "a", run_dir, "best")
+        assert resolve_run(command, "a", None, "last").run_dir == Path("runs/a-2")
+
     def test_a_run_dir_that_is_a_file(self, command: str) -> None:
         Path("notes").touch()
         for checkpoint in (None, "last", "base"):

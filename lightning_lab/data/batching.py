@@ -5,7 +5,7 @@ is cut into micro-batches only decides memory and speed, never the result.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -35,6 +35,12 @@ class SplitData:
     rows: np.ndarray
     dropped: dict[int, str]
 
+    @classmethod
+    def of(cls, rows: Sequence[int], dropped: Mapping[int, str]) -> "SplitData":
+        """The split that some rows make, less those that are dropped."""
+        kept = np.array([row for row in rows if row not in dropped], dtype=np.int64)
+        return cls(kept, {row: dropped[row] for row in rows if row in dropped})
+
 
 def split_rows(
     sizes: Sequence[int], rows: int, seed: int, dropped: Mapping[int, str], method: SplitMethod = "permutation"
@@ -60,14 +66,20 @@ def split_rows(
         order = np.concatenate([rest[:train], held_out[test:], held_out[:test]])
     splits: dict[str, SplitData] = {}
     for name, size, end in zip(SPLITS, sizes, np.cumsum(sizes).tolist(), strict=True):
-        mine = order[end - size : end].tolist()
-        kept = np.array([row for row in mine if row not in dropped], dtype=np.int64)
-        splits[name] = SplitData(kept, {row: dropped[row] for row in mine if row in dropped})
+        splits[name] = SplitData.of(order[end - size : end].tolist(), dropped)
     return splits
 
 
-def split_sizes(split: Sequence[int | float], rows: int, source: str, method: SplitMethod = "permutation") -> list[int]:
+def split_sizes(
+    split: Sequence[int | float],
+    rows: int,
+    source: str,
+    method: SplitMethod = "permutation",
+    own: Collection[str] = (),
+) -> list[int]:
     """Turn counts or fractions into the sizes of train, validation and test.
+
+    The splits of ``own`` have a source of their own: their fraction goes to train, their count must be 0.
 
     Fractions (a sum of at most 1) round validation and test to the nearest whole row and give the rest of their
     share to train. Under ``lab`` they round as in ``datasets``: up where rows are held out, and of those for test.
@@ -79,7 +91,13 @@ def split_sizes(split: Sequence[int | float], rows: int, source: str, method: Sp
     shown = "/".join(f"{part:g}" for part in split)
     if len(split) != 3 or not sum(split):
         raise LabError(f"data.split is {shown}; give three sizes or three fractions: train, validation, test")
-    if sum(split) <= 1 + 1e-9:
+    fractions = sum(split) <= 1 + 1e-9
+    for place, name in enumerate(SPLITS):
+        if name in own:
+            if split[place] and not fractions:
+                raise LabError(f"data.split is {shown}, but data.{name}_source is set; give 0 to {name} here")
+            split = [split[0] + split[place], *(0 if i == place else split[i] for i in (1, 2))]
+    if fractions:
         if method == "lab":
             share = round(split[1] + split[2], 12)  # 0.2 + 0.1 is a little more than 0.3, and would round up
             held_out = math.ceil(share * rows)

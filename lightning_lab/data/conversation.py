@@ -75,6 +75,11 @@ class RowFormat:
     columns: Mapping[str, str] = field(default_factory=dict)
     empty_answers: EmptyAnswers = "refuse"
 
+    @property
+    def unread(self) -> frozenset[str]:
+        """Columns that nobody uses: the harmless and the ignored ones."""
+        return HARMLESS.union(self.ignore) - set(self.columns.values())
+
     def __post_init__(self) -> None:
         keys = _ROW_KEYS | _PAIR_KEYS
         for key in self.columns.keys() - keys:

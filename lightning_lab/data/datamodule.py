@@ -15,15 +15,16 @@ from typing_extensions import override
 
 from lightning_lab.data import batching
 from lightning_lab.data.batching import MicroBatch, PromptBatch, SplitData, SplitMethod, SplitName, StepBatch
-from lightning_lab.data.conversation import EmptyAnswers, Prompt, RowError, RowFormat, parse_conversation, parse_prompt
+from lightning_lab.data.conversation import EmptyAnswers, Prompt, RowFormat, parse_conversation
 from lightning_lab.data.encoding import ControlTokens, ConversationEncoder, Mask, Truncation, load_tokenizer
-from lightning_lab.data.loading import StepLoader, loading_options
-from lightning_lab.data.sources import Rows, load_rows
-from lightning_lab.data.tokenized import OnBadRow, TokenizedRows, tokenize_rows
+from lightning_lab.data.loading import StepLoader, do_without_validation, loading_options
+from lightning_lab.data.preparation import prepare_prompts, prepare_rows
+from lightning_lab.data.rows import Rows
+from lightning_lab.data.summary import summary
+from lightning_lab.data.tokenized import OnBadRow, TokenizedRows
 from lightning_lab.errors import LabError, Range, check_arguments
 
 PREDICT_BATCH_SIZE = 8
-_NAMED_ROWS = 10  # of those that cannot be answered; the rest is counted
 
 _COUNT: Range = (1, 1e9)
 _SEED: Range = (0, 2**32 - 1)  # what numpy, torch and Lightning all take
@@ -31,6 +32,7 @@ RANGES: dict[str, Range] = {
     "rows": _COUNT,
     "split": (0, 1e9),
     "split_seed": _SEED,
+    "max_dropped": (0, 1),
     "max_length": (2, 1e9),  # the first token is never predicted
     "batch_size": _COUNT,
     "micro_mean": _COUNT,
@@ -45,10 +47,17 @@ class ChatDataModule(pl.LightningDataModule):
     """Chat data for completion-only fine-tuning, split, tokenised once and packed.
 
     Args:
-        source: Hub id (``owner/name``), a ``.json``, ``.jsonl`` or ``.parquet`` file, or a sample that needs no
-            network: ``embedded`` (503 short questions and answers) or ``chitchat`` (4,017 long conversations).
-        rows: Use the first this many rows; null for all.
-        split: Sizes of train, validation and test, as counts or as fractions of the rows.
+        source: Hub id (``owner/name`` or ``owner/name:split``), a ``.json``, ``.jsonl``, ``.parquet`` or ``.arrow``
+            file (``.gz`` and ``.zst`` too), a folder or pattern of files, a sample that needs no network, ``embedded``
+            (503 short questions and answers) or ``chitchat`` (4,017 long conversations); or a list of these.
+        source_config: Configuration (subset) of a Hub data set; null for its only or default one.
+        source_split: Split of a Hub data set, where its id names none.
+        rows: Use the first this many rows of ``source``; null for all.
+        split: Sizes of train, validation and test, as counts or as fractions; without validation there is no ``best``.
+        validation_source: Where the validation split comes from, all of it, written as ``source``; null for rows of
+            ``source``. Its fraction of ``split`` then goes to train; a count must be 0. Of a Hub data set, with the
+            configuration and revision of ``source`` if it is the same, the split ``validation`` unless one is named.
+        test_source: The same for the test split.
         split_method: ``permutation`` deals a permutation of the rows out to train, validation and test; ``lab`` splits
             as the lab did, by ``datasets``' ``train_test_split`` twice with ``split_seed``.
         split_seed: Seed of the split. Not the run's seed, so that runs with different seeds share their splits.
@@ -70,6 +79,7 @@ class ChatDataModule(pl.LightningDataModule):
         ignore: Keys of rows and turns to leave out, whatever they mean. Others that are neither read nor harmless make
             a row a bad one.
         empty_answers: ``refuse`` takes a row with an empty answer for a bad one; ``keep`` trains to answer nothing.
+        max_dropped: Most of the rows, as a fraction, that may be dropped for any reason.
         on_bad_row: ``error`` stops at the first malformed row or row with nothing to learn; ``drop`` drops and counts.
         batch_size: Conversations per optimizer step, over all devices.
         micro_batch_tokens: Most tokens that are worked on at once. Decides memory and speed, never the result.
@@ -99,9 +109,13 @@ class ChatDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        source: str = "mlabonne/FineTome-100k",
+        source: list[str] | str = "mlabonne/FineTome-100k",
+        source_config: str | None = None,
+        source_split: str = "train",
         rows: int | None = None,
         split: list[int | float] = [0.8, 0.1, 0.1],  # noqa: B006  (read only; shown as the default in --help)
+        validation_source: list[str] | str | None = None,
+        test_source: list[str] | str | None = None,
         split_method: SplitMethod = "permutation",
         split_seed: int = 3407,
         eval_split: SplitName | None = None,
@@ -118,6 +132,7 @@ class ChatDataModule(pl.LightningDataModule):
         ignore: list[str] = [],  # noqa: B006  (read only; shown as the default in --help)
         empty_answers: EmptyAnswers = "refuse",
         on_bad_row: OnBadRow = "error",
+        max_dropped: float = 0.5,
         batch_size: int = 8,
         micro_batch_tokens: int | Literal["auto"] = 4096,
         eval_micro_batch_tokens: int | Literal["auto"] | None = None,
@@ -139,44 +154,42 @@ class ChatDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         if self.predict_source is None or self.trainer is None or self.trainer.state.fn != "predict":
             self.prepare(progress=True)
+            self.print_summary()
 
     @override
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict" and self.predict_source:
             self._open_tokenizer()
-            self._prompts = self._prompts_of(self.predict_source)  # here, as the base is loaded after it
+            # here, as the base is loaded after it
+            self._prompts = prepare_prompts(self.hparams, self.encoder, self.row_format)
             return
         splits = self.splits
         needed = [] if stage is None else [self.split_for(stage)]
-        for name in ["train", *needed] if stage == "fit" else needed:
+        if stage == "fit":
+            needed = ["train", *needed]
+            if not len(splits["validation"].rows) and not splits["validation"].dropped:  # none is asked for
+                needed = ["train"]
+                do_without_validation(self.trainer)
+        for name in needed:
             if not len(splits[name].rows):
                 raise LabError(
-                    f"the {name} split of {self.source} has no usable conversation; change data.split or data.rows"
+                    f"the {name} split of {self.rows.name} has no usable conversation; change data.split or data.rows"
                 )
 
     def prepare(self, progress: bool) -> None:
         """Load the rows, tokenise them once and split them; ``progress`` says on stderr what is worth knowing.
 
         Raises:
-            LabError: The source cannot be read, a row is bad under ``on_bad_row: error``, or the split does not fit.
+            LabError: A source cannot be read, a row is bad under ``on_bad_row: error``, more rows than ``max_dropped``
+                are dropped, or the split does not fit.
 
         """
-        options = self.hparams
         self._open_tokenizer()
-        self.rows = rows = load_rows(self.source, options["rows"], options["revision"])
-        method = options["split_method"]
-        sizes = batching.split_sizes(options["split"], len(rows), self.source, method)
-        if progress and not self.encoder.template.end_of_turn:
-            print(
-                f"warning: data.template {options['template']} writes no control token after an answer, so the model "
-                "does not learn to end one",
-                file=sys.stderr,
-            )
-        if progress and len(rows) < rows.total:
-            print(f"data.rows: the first {len(rows):,} of {rows.total:,} rows are used", file=sys.stderr)
-        reading = {"row_format": self.row_format, "on_bad_row": options["on_bad_row"]}
-        self.tokenized = tokenize_rows(rows, self.encoder, progress=progress, **reading)
-        self.splits = batching.split_rows(sizes, len(rows), options["split_seed"], self.tokenized.dropped, method)
+        self.rows, self.tokenized, self.splits = prepare_rows(self.hparams, self.encoder, self.row_format, progress)
+
+    def print_summary(self) -> None:
+        """Say on stderr what became of the rows."""
+        print(*summary(self.rows, self.tokenized, range(len(self.rows))), sep="\n", file=sys.stderr)
 
     def _open_tokenizer(self) -> None:
         options = self.hparams
@@ -329,43 +342,3 @@ class ChatDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         prompts: Any = self._prompts if self.predict_source else self.first_prompts(self.split_for("predict"), None)
         return DataLoader(prompts, collate_fn=self.prompt_batch, **loading_options(0, batch_size=PREDICT_BATCH_SIZE))
-
-    def _prompts_of(self, source: str) -> list[Prompt]:
-        """Every row of a source, as something to answer; bad ones are named and left out, or an error."""
-        rows = load_rows(source)
-        prompts, bad = [], []
-        for index, row in enumerate(rows):
-            try:
-                prompt = Prompt(index, *parse_prompt(row, self.row_format))
-                self.encoder.template.render(prompt.conversation, add_generation_prompt=True)
-                prompts.append(prompt)
-            except RowError as error:
-                bad.append(f"{rows.where(index)}: {error}")
-        if bad and (self.hparams["on_bad_row"] == "error" or not prompts):
-            raise LabError(f"{bad[0]}; correct the row or set data.on_bad_row to drop")
-        if bad:
-            named = "; ".join(bad[:_NAMED_ROWS])
-            print(f"{len(bad)} of {len(rows)} rows of {source} are not answered: {named}", file=sys.stderr)
-        return prompts
-
-    # -- figures -------------------------------------------------------------------------------------------------
-
-    def record(self) -> dict[str, Any]:
-        """What ``environment.json`` says of the data: fingerprint, split sizes, rows dropped and truncated."""
-        truncated = set(self.tokenized.truncated)
-        return {
-            "source": self.rows.name,
-            "fingerprint": self.tokenized.fingerprint,
-            "splits": {
-                name: {
-                    "conversations": len(split.rows),
-                    "tokens": int(self.tokenized.lengths[split.rows].sum()),
-                    "supervised_tokens": int(self.tokenized.supervised[split.rows].sum()),
-                    "truncated": len(truncated.intersection(split.rows.tolist())),
-                    "dropped": {str(row): reason for row, reason in sorted(split.dropped.items())},
-                }
-                for name, split in self.splits.items()
-            },
-            "split_method": self.hparams["split_method"],
-            "split_seed": self.hparams["split_seed"],
-        }

@@ -2,14 +2,17 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
 from lightning_lab.data.batching import StepBatch
+from lightning_lab.errors import LabError
 
 
 def loading_options(workers: int, batch_size: int | None = None) -> dict[str, Any]:
@@ -21,6 +24,22 @@ def loading_options(workers: int, batch_size: int | None = None) -> dict[str, An
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator(),  # else each iterator draws from the RNG that dropout uses
     }
+
+
+def do_without_validation(trainer: pl.Trainer | None) -> None:
+    """Let `fit` train without a validation split, and say what that means.
+
+    Raises:
+        LabError: Something waits for validations.
+
+    """
+    if trainer is None:
+        return
+    if trainer.early_stopping_callbacks:
+        raise LabError("early stopping needs a validation split; set data.split or data.validation_source")
+    if trainer.is_global_zero:
+        print("no validation split: there will be no best checkpoint, last.ckpt remains", file=sys.stderr)
+    trainer.limit_val_batches = 0
 
 
 class StepLoader:

@@ -15,11 +15,10 @@ import numpy as np
 from lightning_lab.data.batching import pack
 from lightning_lab.data.conversation import parse_conversation, unread_keys
 from lightning_lab.data.encoding import IGNORED
+from lightning_lab.data.summary import named, summary
 
 if TYPE_CHECKING:
     from lightning_lab.data.datamodule import ChatDataModule
-
-_NAMED_ROWS = 20  # of a long list; the rest is counted
 
 
 def preview(data: ChatDataModule, *, limit: int = 3, as_json: bool = False, file: TextIO | None = None) -> None:
@@ -86,33 +85,21 @@ def _changed_by_cuts(data: ChatDataModule, row: int) -> bool:
 
 
 def _summary(data: ChatDataModule, rows: Sequence[int], kept: Sequence[int]) -> Iterator[str]:
-    dropped = [
-        f"{data.rows.where(row)}: {data.tokenized.dropped[row]}" for row in rows if row in data.tokenized.dropped
-    ]
+    yield from summary(data.rows, data.tokenized, rows)
     lengths = data.tokenized.lengths[kept]
-    tokens, supervised = int(lengths.sum()), int(data.tokenized.supervised[kept].sum())
-    yield f"{len(rows)} rows of {data.rows.name}: {len(kept)} kept, {len(dropped)} dropped"
-    yield f"{tokens} tokens, {supervised} supervised ({100 * supervised / max(1, tokens):.1f} %)"
     if kept:
         points = (0, 25, 50, 75, 95, 99, 100)
         values = np.percentile(lengths, points, method="nearest")
         percentiles = ", ".join(f"p{point} {value}" for point, value in zip(points, values, strict=True))
         yield f"tokens a row: mean {lengths.mean():.1f}, {percentiles}"
-    truncated = set(data.tokenized.truncated)
-    for title, found in (
-        ("cut at max_length", [row for row in kept if row in truncated]),
-        ("tokenised otherwise without cuts at the answers", [row for row in kept if _changed_by_cuts(data, row)]),
-    ):
-        named = f": rows {', '.join(map(str, found[:_NAMED_ROWS]))}" if found else ""
-        yield f"{len(found)} {title}{named}{_more(found)}"
+    changed = [row for row in kept if _changed_by_cuts(data, row)]
+    yield f"{len(changed)} tokenised otherwise without cuts at the answers" + named(changed)
     unread = Counter(key for row in kept for key in unread_keys(data.rows[row], data.row_format))
+    for part in data.rows.parts:
+        unread.update(dict.fromkeys(part.unread, len(part.stored)))
     if unread:
         counted = ", ".join(f"{key} ({count})" for key, count in sorted(unread.items()))
         yield f"keys that are not read, and the rows that have them: {counted}"
-    for line in dropped[:_NAMED_ROWS]:
-        yield f"dropped {line}"
-    if len(dropped) > _NAMED_ROWS:
-        yield f"dropped{_more(dropped)}"
     for name, value in packing_statistics(data).items():
         yield f"{name}: {value}"
 
@@ -135,7 +122,3 @@ def packing_statistics(data: ChatDataModule) -> dict[str, Any]:
         "fill of a micro-batch (mean)": f"{tokens / max(1, micro_batches * budget):.0%}",
         "tokens that padding each step to its longest would add": f"{padded / max(1, tokens) - 1:.0%}",
     }
-
-
-def _more(found: Sequence[object]) -> str:
-    return f" and {len(found) - _NAMED_ROWS} more" if len(found) > _NAMED_ROWS else ""

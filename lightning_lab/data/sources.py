@@ -1,140 +1,180 @@
-"""A data source named in the config -> rows, in a fixed order, each with a place to name in errors."""
+"""Data sources named in the config -> `Rows`, in a fixed order."""
 
 import codecs
 import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from glob import glob
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet
 
 from lightning_lab import hub
-from lightning_lab.data.conversation import RowError
+from lightning_lab.data.rows import Part, Rows
 from lightning_lab.errors import LabError
 
-_SUFFIXES = (".json", ".jsonl", ".parquet")
+_KINDS = (".json", ".jsonl", ".parquet", ".arrow", ".feather")
+_COMPRESSED = (".gz", ".zst")
+_FILE = f"a {', '.join(_KINDS)} file, with {' or '.join(_COMPRESSED)} after it too"
+# What may stand beside the files of a folder: what is to be read by people, and what `Dataset.save_to_disk` adds.
+_BESIDE = re.compile(r"[^.]*|.*\.md|dataset_info\.json|state\.json")
+_NO_ID = re.compile(r"[*?\[]|/.*/")  # what no Hub id has: a pattern's signs, a second slash
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SAMPLES = {  # package, file, version
     "embedded": ("zaragoza_construction_faq", "data/faq-en-sharegpt.jsonl", "1.2.1"),
     "chitchat": ("chitchat_dataset", "dataset.json", "0.9.0"),
 }
 
 
-@dataclass(frozen=True)
-class Rows(Sequence[Any]):
-    """Rows of one source: mappings, or a `RowError` in the place of a row that could not be read.
-
-    Attributes:
-        stored: The rows in a compact form: lines of JSON as bytes (as much memory as the file has), an Arrow table, a
-            Hub data set, which stays on disk, or a JSON list's Python objects.
-        name: What to call the source in messages.
-        fingerprint: Changes whenever the rows do.
-        total: Rows that the source has, those beyond the limit too.
-        lines: For JSON Lines, each row's line number counted from 1.
-
-    """
-
-    stored: Any
-    name: str
-    fingerprint: str
-    total: int
-    lines: Sequence[int] | None = None
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(self.stored, pa.Table):
-            return self.stored.slice(index, 1).to_pylist()[0]
-        row = self.stored[index]
-        if not isinstance(row, bytes):
-            return row
-        try:
-            return json.loads(row.decode())
-        except (ValueError, RecursionError) as error:
-            return RowError(f"the line is not JSON ({error})")
-
-    def where(self, index: int) -> str:
-        """Name a row's place for a message: its line counted from 1, otherwise its index counted from 0."""
-        return f"{self.name} line {self.lines[index]}" if self.lines else f"{self.name} row {index}"
-
-
-def load_rows(source: str, limit: int | None = None, revision: str | None = None) -> Rows:
-    """Open a source and keep its first ``limit`` rows (all of them if None).
+def load_rows(
+    source: str | Sequence[str],
+    limit: int | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    unread: Collection[str] = (),
+) -> Rows:
+    """Open a source, or several, and keep the first ``limit`` rows (all of them if None).
 
     Args:
-        source: ``embedded``, ``chitchat``, a local .json, .jsonl or .parquet file, or a Hub id ``owner/name``,
-            of which the split ``train`` is read.
+        source: ``embedded``, ``chitchat``, a local file, a folder or a pattern of such files, which are read in the
+            order of their names, or a Hub id ``owner/name`` or ``owner/name:split``; or a list of these.
         limit: At least 1.
         revision: Commit of a Hub data set; None for its newest.
+        config: Configuration of a Hub data set; None for its only or default one.
+        split: Split of a Hub data set that names none itself.
+        unread: Columns of tables that are not read.
 
     Raises:
-        LabError: The source does not exist, cannot be reached or read, has no revisions, or holds no row.
+        LabError: A source does not exist, cannot be reached or read; has no revisions or configurations; or there is
+            no row.
 
     """
-    path = Path(source).expanduser()
-    is_file = path.suffix in _SUFFIXES or path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
-    lines = None
-    if source not in _SAMPLES and not is_file and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        found: Any = hub.load_dataset(source, revision=revision)
-        kept = found.select(range(min(len(found), limit or len(found))))
-        fingerprint = found._fingerprint  # depends on the data set's id, configuration and revision
-    elif revision is not None:
-        raise LabError(f"data.revision is for data sets of the Hub, which {source} is not; leave it out")
-    elif source in _SAMPLES or is_file:
-        path = hub.package_file(*_SAMPLES[source]) if source in _SAMPLES else path
-        content = _read(path, source)
-        fingerprint = hashlib.sha256(content).hexdigest()
-        if path.suffix == ".jsonl":
-            kept, lines = _json_lines(content, source, limit)
-            found = lines
+    sources = [source] if isinstance(source, str) else source
+    name = ", ".join(sources)
+    places: list[tuple[str, Path | None]] = []  # a Hub data set has no path
+    for each in sources:
+        path = Path(each).expanduser()
+        if each in _SAMPLES:
+            places.append((each, hub.package_file(*_SAMPLES[each])))
+        elif _kind(path) in _KINDS or path.exists() or each.startswith((".", "/", "~")) or _NO_ID.search(each):
+            places += [(str(file), file) for file in _files(path)]
+        elif _HUB_ID.fullmatch(each):
+            places.append((each, None))
         else:
-            found = _parquet(content, source) if path.suffix == ".parquet" else _json(content, source)
-            kept = found[:limit]
-    else:
-        raise LabError(
-            f"data.source '{source}' is not embedded, chitchat, a {', '.join(_SUFFIXES)} file or a Hub id owner/name"
-        )
-    if not len(found):
-        raise LabError(f"{source} holds no rows; give a data.source with at least one conversation")
-    return Rows(kept, source, f"{fingerprint}:{len(kept)}", len(found), lines)
+            raise LabError(f"data.source '{each}' is not embedded, chitchat, {_FILE} or a Hub id owner/name")
+    for key, value in (("data.revision", revision), ("data.source_config", config)):
+        if value is not None and all(path for _, path in places):
+            raise LabError(f"{key} is for data sets of the Hub, which {name} is not; leave it out")
+
+    parts: list[Part] = []
+    fingerprints: list[str] = []
+    total, left = 0, limit
+    for place, file in places:
+        if file is None:
+            repository, _, own_split = place.partition(":")
+            found = hub.load_dataset(repository, config=config, split=own_split or split, revision=revision)
+            fingerprint = found._fingerprint  # depends on the data set's id, configuration and revision
+            used, left_out = _columns(found.column_names, unread)
+            kept = found.with_format("arrow").select_columns(used).select(range(len(found))[:left])
+            part = Part(place, kept, unread=left_out)
+        else:
+            content = _read(file, place)
+            fingerprint = hashlib.sha256(content).hexdigest()
+            part = _parsed(content, place, _kind(file), unread)
+            found, kept = part.stored, part.stored[:left]
+        parts.append(part._replace(stored=kept))
+        fingerprints.append(f"{fingerprint}:{len(kept)}")
+        total += len(found)
+        left = None if left is None else left - len(kept)
+    if not total:
+        raise LabError(f"{name} holds no rows; give a data.source with at least one conversation")
+    return Rows(parts, name, " ".join(fingerprints), total)
+
+
+def _kind(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
+
+
+def _files(path: Path) -> list[Path]:
+    """The files that a path, a folder or a pattern stands for; a folder's may not be of a kind that is not read."""
+    if not path.is_dir():
+        return sorted(map(Path, [] if path.exists() else glob(str(path), recursive=True))) or [path]
+    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    found = [entry for entry in entries if entry.is_dir() or not _BESIDE.fullmatch(entry.name)]
+    for entry in found or [path]:
+        if not entry.is_file() or _kind(entry) not in _KINDS:
+            raise LabError(f"{path}: {entry.name} is not {_FILE}; name files by a pattern such as {path / '*.jsonl'}")
+    return found
 
 
 def _read(path: Path, name: str) -> bytes:
     """Read a file whole, as one that is mapped and cut short by someone else would end the process."""
     if not path.exists():
         raise LabError(f"{name}: no such file (data.source)")
-    if path.suffix not in _SUFFIXES or not path.is_file():
-        raise LabError(f"{name}: data.source must be a {', '.join(_SUFFIXES)} file, an id owner/name, or embedded")
+    if _kind(path) not in _KINDS or not path.is_file():
+        raise LabError(f"{name}: data.source must be {_FILE}, a Hub id owner/name, or embedded")
     try:
-        return path.read_bytes()
+        return pa.input_stream(str(path)).read() if path.suffix in _COMPRESSED else path.read_bytes()
     except OSError as error:
-        raise LabError(f"{name} cannot be read: {error.strerror}") from None
+        raise LabError(f"{name} cannot be read: {error.strerror or error}") from None
 
 
-def _json_lines(content: bytes, name: str, limit: int | None) -> tuple[list[bytes], list[int]]:
-    """The first lines that hold a row, to be parsed when they are asked for, and the numbers of all that do."""
+def _columns(names: Sequence[str], unread: Collection[str]) -> tuple[list[str], list[str]]:
+    return [name for name in names if name not in unread], [name for name in names if name in unread]
+
+
+def _parsed(content: bytes, name: str, kind: str, unread: Collection[str]) -> Part:
+    if kind == ".json":
+        return Part(name, _json(content, name))
+    if kind != ".jsonl":
+        return _table(content, name, kind, unread)
+    if re.match(rb"(\xef\xbb\xbf)?\s*\[", content):  # one list, whatever the name says
+        with suppress(ValueError, RecursionError):
+            return Part(name, json.loads(content))
+    return Part(name, *_json_lines(content, name))
+
+
+def _json_lines(content: bytes, name: str) -> tuple[list[bytes], list[int]]:
+    """The lines that hold a row, to be parsed when they are asked for, and their numbers."""
     rows: list[bytes] = []
     numbers: list[int] = []
     # Only "\n" ends a line: JSON text may hold U+2028 and its like, at which str.splitlines would cut.
     for number, line in enumerate(io.BytesIO(content.removeprefix(codecs.BOM_UTF8)), start=1):
         if _decode(line, name, number).strip():
             numbers.append(number)
-            if limit is None or len(rows) < limit:
-                rows.append(line)
+            rows.append(line)
     return rows, numbers
 
 
-def _parquet(content: bytes, name: str) -> pa.Table:
+def _table(content: bytes, name: str, kind: str, unread: Collection[str]) -> Part:
+    file = pa.BufferReader(content)
     try:
-        return pyarrow.parquet.read_table(pa.BufferReader(content))
+        if kind == ".parquet":
+            used, left_out = _columns(pyarrow.parquet.read_schema(file).names, unread)
+            return Part(name, pyarrow.parquet.read_table(file, columns=used), unread=left_out)
+        table = _arrow(file)
+        used, left_out = _columns(table.column_names, unread)
+        return Part(name, table.select(used), unread=left_out)
     except (pa.ArrowException, OSError) as error:
-        raise LabError(f"{name} is not a readable Parquet file: {error}") from None
+        what = "Parquet" if kind == ".parquet" else "Arrow"
+        raise LabError(f"{name} is not a readable {what} file: {error}") from None
+
+
+def _arrow(content: pa.BufferReader) -> pa.Table:
+    """Read either of Arrow's two formats: `datasets` writes the stream under the name of the other."""
+    try:
+        return pyarrow.feather.read_table(content)
+    except pa.ArrowInvalid:
+        content.seek(0)
+        return pa.ipc.open_stream(content).read_all()
 
 
 def _json(content: bytes, name: str) -> list[Any]:

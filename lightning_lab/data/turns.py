@@ -35,8 +35,8 @@ _HARMLESS = """
     conversation_hash message_tree_id turn_id turn_identifier turn num_turns n_turns num_tokens token_count
     length source sources data_source dataset dataset_name origin subset split url link title author user_id views
     avatarUrl license metadata meta category subcategory task task_type task_category topic topics domain type tag
-    tags language lang locale country state header hashed_ip timestamp date time created_at created_date updated_at
-    model model_name generator gen_input_configs intent difficulty cache_control score scores rating ratings
+    tags language lang locale country state header hashed_ip timestamp date time created created_at created_date
+    updated_at model model_name generator gen_input_configs intent difficulty cache_control score scores rating ratings
     quality input_quality quality_explanation rank reward reward_model instruct_reward llama_guard_2
     min_neighbor_distance min_similar_uuid repeat_count upvotes review_count review_result toxic toxicity redacted
     openai_moderation detoxify detoxify_moderation custom_instruction skip_prompt_formatting

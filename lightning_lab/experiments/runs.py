@@ -87,7 +87,8 @@ class Run:
         validation = [row.values for row in self.metrics if "train_loss" not in row.values]
         self.step = int(max((row.values["step"] for row in self.metrics), default=0))
         total, patience = self.total_steps, self.config.get("early_stopping")
-        done = total is not None and bool(validation) and validation[-1]["step"] >= total
+        whole = validation if rundir.has_validation(path) else train
+        done = total is not None and bool(whole) and whole[-1]["step"] >= total
         early = isinstance(patience, int) and rundir.stopped_early([row["val_loss"] for row in validation], patience)
         progress = f"at step {self.step:,}" + (f" of {total:,}" if total else "")
         self.state, self.described_state = "stopped", f"stopped {progress}"

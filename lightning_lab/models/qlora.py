@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from lightning_lab.errors import LabError
+from lightning_lab.files import check_sums, read_json, sha256
 from lightning_lab.models.attention import attention_operators
 
 if TYPE_CHECKING:
@@ -22,6 +25,12 @@ DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 # From the most memory to the least, and from the least recomputed to the most. On a GPU that waits for its host,
 # `selective` is faster than `full` only where layers are compiled: eager, it watches every operator from Python.
 CHECKPOINTING = ("none", "selective", "full", "offload")
+
+
+_LORA_KEYS = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
+# What changes a plain adapter's meaning without changing its shapes, and the values that do not.
+_UNUSUAL = ("alpha_pattern", "layer_replication", "alora_invocation_tokens", "init_lora_weights")
+_USUAL_VALUES: tuple[Any, ...] = (None, {}, [], True, False, "gaussian")
 
 
 def uses_fused_linear(settings: Any) -> bool:
@@ -116,6 +125,44 @@ def add_adapters(
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Return exactly the trainable tensors, named as in ``model.named_parameters()``; they share the model's memory."""
     return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def read_adapter(source: str, settings: Any) -> tuple[dict[str, Tensor], str]:
+    """Read a folder with a LoRA adapter as PEFT saves it.
+
+    Args:
+        source: The folder.
+        settings: `QLoRAModule`'s ``hparams``, with which it must agree.
+
+    Returns:
+        Its tensors, for `load_adapter_state`, and the SHA-256 of their file.
+
+    Raises:
+        LabError: There is none in safetensors, it is damaged, or it was made under other settings; names them.
+
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(source).expanduser()
+    config, weights = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    if not config or not weights.is_file():
+        raise LabError(f"model.adapter: {source} has no adapter_config.json and {weights.name}; name a PEFT folder")
+    check_sums(folder)
+    try:
+        state = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise LabError(f"model.adapter: {weights} cannot be read ({error})") from None
+    targets = {name.split(".")[-3] for name in state if ".lora_A." in name}
+    made = {"target_modules": sorted(targets), **{key: config.get(name) for key, name in _LORA_KEYS.items()}}
+    wanted = {**settings, "target_modules": sorted(settings["target_modules"])}
+    different = [f"model.{key} is {wanted[key]}, its own is {was}" for key, was in made.items() if was != wanted[key]]
+    different += [f"it has {key} {config[key]}" for key in _UNUSUAL if config.get(key) not in _USUAL_VALUES]
+    if different:
+        raise LabError(f"model.adapter: {source} does not fit: {'; '.join(different)}; set the keys as they were")
+    # the file's names lack the adapter's, and those of DoRA's norms a last part
+    names = {name: re.sub(r"(lora_[^.]*)(\.weight)?$", r"\1.default.weight", name) for name in state}
+    return {names[name]: weight for name, weight in state.items()}, sha256(weights)
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

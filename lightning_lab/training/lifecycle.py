@@ -22,6 +22,7 @@ from lightning_lab.models.qlora import (
     compile_layers,
     enable_checkpointing,
     load_adapter_state,
+    read_adapter,
 )
 from lightning_lab.training import resume
 from lightning_lab.training.auto import put, settle_auto
@@ -37,11 +38,13 @@ class Lifecycle(pl.LightningModule):
 
     Attributes:
         checkpointing: The mode in use; what ``auto`` stands for once the trainer has set the module up.
+        continues: A checkpoint is to be loaded, so that ``model.adapter``, with which its run began, is not read.
         evaluate_base: Evaluation and prediction leave the adapters out.
         completed_steps: Optimizer steps of the run so far; after a checkpoint was loaded, those behind its adapter.
         total_steps: Optimizer steps of the whole run.
         validation_pending: The checkpoint was saved between a step and its validation, which `fit` then begins with.
         loss_scale: Of float16.
+        adapter_weights: SHA-256 of the file that ``model.adapter`` was read from; None where it was not.
 
     """
 
@@ -54,10 +57,12 @@ class Lifecycle(pl.LightningModule):
         super().__init__()
         self.model: PeftModel | None = None
         self.evaluate_base = False
+        self.continues = False
         self.completed_steps = 0
         self.total_steps = 0
         self.validation_pending = False
         self.loss_scale = LossScale()
+        self.adapter_weights: str | None = None
         self._validated_step = 0
         self._auto: list[str] = []  # keys that were `auto`
         self._resumed: Mapping[str, Any] = {}  # our own part of the checkpoint that `fit` continues from
@@ -106,6 +111,8 @@ class Lifecycle(pl.LightningModule):
         if self.model is not None:
             return
         settings = self.settings
+        if settings.adapter and not (self.continues or self.evaluate_base):
+            state, self.adapter_weights = read_adapter(settings.adapter, settings)
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         if self._attached:
             device = self._attached.strategy.root_device
@@ -124,6 +131,8 @@ class Lifecycle(pl.LightningModule):
         )
         keys = ("r", "alpha", "dropout", "target_modules", "rslora", "dora", "seed")
         self.model = add_adapters(base, **{key: settings[key] for key in keys}, fused=settings.fused_linear)
+        if self.adapter_weights:
+            load_adapter_state(self.model, state)
         enable_checkpointing(self.model, self.checkpointing)
         if settings.cache_dequantised:
             from lightning_lab.models.fused_linear import keep_weights
@@ -186,6 +195,7 @@ class Lifecycle(pl.LightningModule):
             LabError: The adapter, or for `fit` the run, was made under other settings.
 
         """
+        self.continues = True
         self.configure_model()
         state, data = resume.own_part(checkpoint), self.chat_data
         command = self._attached.state.fn if self._attached else None

@@ -26,7 +26,7 @@ from lightning_lab.models.qlora import DEFAULT_TARGETS, evaluation_mode
 from lightning_lab.training import resume
 from lightning_lab.training.evaluation import Evaluation, EvaluationSums
 from lightning_lab.training.lifecycle import Lifecycle
-from lightning_lab.training.refusals import NO_END, RANGES, refuse_combinations
+from lightning_lab.training.refusals import RANGES, refuse_combinations, total_steps
 
 OVERFLOW_LIMIT = 10
 
@@ -65,6 +65,8 @@ class QLoRAModule(Lifecycle):
         hf_eval_batch_size: Conversations in the batches whose means ``val_loss_hf`` and ``test_loss_hf`` average.
         max_new_tokens: Longest answer that `predict` writes.
         temperature: Of `predict`; 0 takes the most likely token each time, else the base's own top_p and top_k apply.
+        adapter: Folder of a PEFT LoRA adapter, such as ``checkpoints/best`` of a run, whose weights a new run begins
+            with; r, alpha and the like must be its own.
         seed: Seed of the adapters' initial values. Set from ``seed_everything``.
 
     Raises:
@@ -98,6 +100,7 @@ class QLoRAModule(Lifecycle):
         hf_eval_batch_size: int = 8,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
+        adapter: str | None = None,
         seed: int = 3407,
     ) -> None:
         super().__init__()
@@ -120,10 +123,7 @@ class QLoRAModule(Lifecycle):
 
         trainer, settings = self.trainer, self.settings
         trainer.fit_loop.setup_data()  # without it some limits leave the length of an epoch unknown
-        steps = trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise LabError(NO_END)
-        self.total_steps = int(steps)
+        self.total_steps = total_steps(trainer)
         resume.check_lengths(self._resumed, total_steps=self.total_steps, steps_per_epoch=trainer.num_training_batches)
         kind: Any = torch.optim.AdamW
         if settings.optimizer == "adamw_8bit":
@@ -225,7 +225,7 @@ class QLoRAModule(Lifecycle):
         step = self.completed_steps + 1
         if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not half):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
-            source = self.chat_data.source if self.chat_data else "the loader"
+            source = self.chat_data.rows.name if self.chat_data else "the loader"
             raise LabError(
                 f"step {step}: {what} on rows {', '.join(map(str, batch.rows))} of {source}; stopped before "
                 "any weight was changed; look at these rows with `preview`, or lower model.lr"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,6 +88,22 @@ def refuse_trainer(trainer: pl.Trainer, *, training: bool = True) -> None:
         raise LabError(f"trainer.strategy {type(strategy).__name__} is not supported; use auto or ddp")
     if strategy.root_device.type not in ("cpu", "cuda"):  # bitsandbytes and this package are tried on nothing else
         raise LabError(f"trainer.accelerator {strategy.root_device.type} is not supported; use cpu or cuda")
+
+
+def total_steps(trainer: pl.Trainer) -> int:
+    """Count the optimizer steps of a run; say where ``max_steps`` is more than its epochs have.
+
+    Raises:
+        LabError: It has no end.
+
+    """
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        raise LabError(NO_END)
+    if trainer.max_steps > steps and trainer.is_global_zero:
+        ends = f"trainer.max_epochs {trainer.max_epochs} ends the run after {steps:,.0f} steps"
+        print(f"{ends}, before trainer.max_steps {trainer.max_steps:,}; raise trainer.max_epochs", file=sys.stderr)
+    return int(steps)
 
 
 def refuse_combinations(settings: Any) -> None:

@@ -41,6 +41,10 @@ FREE = {
     "model.max_new_tokens",
     "model.temperature",
     "data.source",
+    "data.source_config",
+    "data.source_split",
+    "data.validation_source",
+    "data.test_source",
     "data.revision",
     "data.tokenizer",
     "data.tokenizer_revision",
@@ -48,6 +52,7 @@ FREE = {
     "data.predict_source",
     "data.num_workers",
     "data.on_bad_row",
+    "data.max_dropped",
     "data.eval_micro_batch_tokens",
 }
 
@@ -132,7 +137,7 @@ def check_data(known: Mapping[str, Any] | None, data: ChatDataModule | None) -> 
     """
     if data and known and known["fingerprint"] != data.tokenized.fingerprint:
         changes = changed_rows(known["row_hashes"].tolist(), data.tokenized.row_hashes.tolist())
-        raise LabError(f"the data is not what the run was trained on: {data.hparams['source']}: {changes}")
+        raise LabError(f"the data is not what the run was trained on: {data.rows.name}: {changes}")
 
 
 def data_identity(data: ChatDataModule | None) -> dict[str, Any] | None:

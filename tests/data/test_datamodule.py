@@ -19,18 +19,20 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_lab.data.conversation import Conversation, Message, Prompt
 from lightning_lab.data.datamodule import RANGES, ChatDataModule
 from lightning_lab.data.loading import StepLoader, outlive_signals
 from lightning_lab.data.preview import packing_statistics
+from lightning_lab.data.summary import data_record
 from lightning_lab.errors import LabError
 
 SPLIT_SEED, SEED, BATCH_SIZE = 11, 5, 4
 STEPS = 5  # of an epoch: 18 training rows in fours, the last step has 2
 
 
-def build(tiny_base: Path, source: Path | str, **changes: Any) -> ChatDataModule:
+def build(tiny_base: Path, source: Path | str | list[str], **changes: Any) -> ChatDataModule:
     settings = dict(
         rows=40,
         split=[18, 9, 8],
@@ -40,7 +42,8 @@ def build(tiny_base: Path, source: Path | str, **changes: Any) -> ChatDataModule
         micro_batch_tokens=150,
         seed=SEED,
     )
-    return ChatDataModule(source=str(source), tokenizer=str(tiny_base), **settings | changes)
+    source = source if isinstance(source, list) else str(source)
+    return ChatDataModule(source=source, tokenizer=str(tiny_base), **settings | changes)
 
 
 pytestmark = pytest.mark.usefixtures("one_tokenizer")
@@ -162,7 +165,7 @@ class TestSplits:
         assert {name: s.rows.tolist() for name, s in data.splits.items()} == {
             n: [*e["row"]] for n, e in expected.items()
         }
-        assert (data.record()["split_method"], data.record()["split_seed"]) == ("lab", SPLIT_SEED)
+        assert (data_record(data)["split_method"], data_record(data)["split_seed"]) == ("lab", SPLIT_SEED)
 
     def test_the_runs_seed_moves_nothing_and_the_splits_seed_does(
         self, data: ChatDataModule, tiny_base: Path, short_chats: Path
@@ -190,7 +193,7 @@ class TestSplits:
             assert dropping.splits[name].rows.tolist() == kept
             assert sorted(dropping.splits[name].dropped) == sorted(rows)
             assert all("keys found: nothing" in reason for reason in dropping.splits[name].dropped.values())
-        record = dropping.record()["splits"]
+        record = data_record(dropping)["splits"]
         assert {name: split["conversations"] for name, split in record.items()} == {
             "train": 16,
             "validation": 8,
@@ -204,7 +207,6 @@ class TestSplits:
         ("stage", "eval_split", "split", "empty"),
         [
             ("fit", None, [0, 9, 8], "train"),
-            ("fit", None, [18, 0, 8], "validation"),
             ("validate", None, [18, 0, 8], "validation"),
             ("test", None, [18, 9, 0], "test"),
             ("predict", "validation", [18, 0, 8], "validation"),
@@ -223,10 +225,139 @@ class TestSplits:
         with pytest.raises(LabError, match=rf"^the {empty} split of .*short\.jsonl has no usable conversation"):
             data.setup(stage)
 
+    def test_without_validation_rows_there_is_no_validation(
+        self, tiny_base: Path, short_chats: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = build(tiny_base, short_chats, split=[1, 0, 0])
+        data.trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+        data.setup("fit")
+        assert not data.trainer.enable_validation
+        assert "there will be no best checkpoint, last.ckpt remains" in capsys.readouterr().err
+        data.trainer = pl.Trainer(logger=False, callbacks=[EarlyStopping("val_loss")], accelerator="cpu")
+        with pytest.raises(LabError, match="early stopping needs a validation split"):
+            data.setup("fit")
+
+    def test_a_validation_split_that_is_all_bad_is_an_error(self, tiny_base: Path, tmp_path: Path) -> None:
+        good, bad = write(tmp_path / "good.jsonl", [chat("a", "b")] * 6), write(tmp_path / "bad.jsonl", [{"a": 1}])
+        data = build(
+            tiny_base, good, rows=None, split=[1, 0, 0], validation_source=str(bad), on_bad_row="drop", max_dropped=0.5
+        )
+        with pytest.raises(LabError, match="the validation split of .* has no usable conversation"):
+            data.setup("fit")
+
     def test_a_split_that_the_stage_does_not_need_may_be_empty(self, tiny_base: Path, short_chats: Path) -> None:
         data = build(tiny_base, short_chats, split=[18, 9, 0])
         data.setup("fit")
         assert data.splits["test"].rows.tolist() == []
+
+
+class TestSourcesOfTheirOwn:
+    """Validation and test rows from other files, in one numbering after those of the source."""
+
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> dict[str, str]:
+        counts = {"source": 10, "validation_source": 3, "test_source": 2}
+        return {
+            key: str(write(tmp_path / f"{key}.jsonl", [chat(f"{key} {i}", "yes") for i in range(count)]))
+            for key, count in counts.items()
+        }
+
+    def open(self, tiny_base: Path, files: dict[str, str], **changes: Any) -> ChatDataModule:
+        settings = {"rows": None, "split": [0.8, 0.1, 0.1], **changes, **files}
+        data = build(tiny_base, **settings)
+        data.prepare(progress=False)
+        return data
+
+    def said(self, data: ChatDataModule, split: str) -> list[str]:
+        return [data.rows[row]["messages"][0]["content"] for row in data.splits[split].rows.tolist()]
+
+    def test_each_split_has_its_file(self, tiny_base: Path, files: dict[str, str]) -> None:
+        data = self.open(tiny_base, files, rows=9)
+        order = np.random.default_rng(SPLIT_SEED).permutation(9).tolist()
+        assert self.said(data, "train") == [f"source {i}" for i in order]
+        assert self.said(data, "validation") == [f"validation_source {i}" for i in range(3)]
+        assert self.said(data, "test") == [f"test_source {i}" for i in range(2)]
+        assert data.rows.where(10) == f"{files['validation_source']} line 2"
+        assert data.micro_batches("test") == [[0, 1]]
+
+    def test_the_other_split_is_cut_from_the_source(self, tiny_base: Path, files: dict[str, str]) -> None:
+        files.pop("validation_source")
+        data = self.open(tiny_base, files)
+        order = np.random.default_rng(SPLIT_SEED).permutation(10).tolist()
+        assert self.said(data, "train") == [f"source {i}" for i in order[:9]]
+        assert self.said(data, "validation") == [f"source {order[9]}"]
+
+    def test_counts_must_agree(self, tiny_base: Path, files: dict[str, str]) -> None:
+        assert len(self.said(self.open(tiny_base, files, split=[10, 0, 0]), "train")) == 10
+        with pytest.raises(LabError, match=r"^data\.split is 8/1/1, but data\.validation_source is set; give 0"):
+            self.open(tiny_base, files, split=[8, 1, 1])
+
+    def test_the_fingerprint_knows_what_serves_as_what(self, tiny_base: Path, files: dict[str, str]) -> None:
+        apart = self.open(tiny_base, files)
+        swapped = self.open(tiny_base, {**files, "validation_source": files["test_source"]})
+        together = self.open(tiny_base, {"source": list(files.values())}, split=[1, 0, 0])
+        assert list(together.rows) == list(apart.rows)
+        assert len({data.tokenized.fingerprint for data in (apart, swapped, together)}) == 3
+
+    def test_of_the_same_hub_data_set_the_split_of_that_name(
+        self, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import datasets
+
+        from lightning_lab import hub
+
+        asked = []
+
+        def load(name: str, **parts: str | None) -> datasets.Dataset:
+            asked.append((name, *parts.values()))
+            return datasets.Dataset.from_list([chat("a", "b")] * 4)
+
+        monkeypatch.setattr(hub, "load_dataset", load)
+        names = {"source": "o/n", "validation_source": "o/n", "test_source": "o/other:dev"}
+        self.open(tiny_base, names, source_config="c", source_split="train_sft", revision="0123abc")
+        assert asked == [
+            ("o/n", "c", "train_sft", "0123abc"),
+            ("o/n", "c", "validation", "0123abc"),
+            ("o/other", None, "dev", None),
+        ]
+
+
+class TestSummary:
+    def bad(self, path: Path, bad: int) -> Path:
+        rows = [*[{"text": i} for i in range(bad // 2)], *[{"messages": []}] * (bad - bad // 2)]
+        return write(path, [*rows, *[chat("a", "b")] * (90 - bad)])
+
+    def options(self) -> dict[str, Any]:
+        return {"rows": None, "split": [0.8, 0.1, 0.1], "on_bad_row": "drop"}
+
+    def test_it_says_what_became_of_the_rows(
+        self, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = build(tiny_base, path := self.bad(tmp_path / "a.jsonl", 9), **self.options())
+        data.prepare_data()
+        text = "\n" + capsys.readouterr().err
+        assert f"\n90 rows of {path}: 81 kept, 9 dropped\n" in text
+        tokens = int(data.tokenized.lengths.sum())
+        assert f"\n{tokens:,} tokens, {int(data.tokenized.supervised.sum()):,} supervised (" in text
+        assert "\n0 cut at max_length\n" in text
+        assert f"dropped 5: 'messages' is empty ({path} line 5, {path} line 6, {path} line 7 and 2 more)\n" in text
+        assert "dropped 4: no 'conversations'" in text
+
+    def test_more_than_a_tenth_is_a_warning(
+        self, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = build(tiny_base, path := self.bad(tmp_path / "a.jsonl", 10), **self.options())
+        data.prepare_data()
+        assert f"warning: 90 rows of {path}: 80 kept, 10 dropped\n" in capsys.readouterr().err
+
+    def test_more_than_half_is_an_error_unless_allowed(self, tiny_base: Path, tmp_path: Path) -> None:
+        build(tiny_base, self.bad(tmp_path / "45.jsonl", 45), **self.options()).prepare(progress=False)
+        path = self.bad(tmp_path / "60.jsonl", 60)
+        reason = rf"dropped 30: 'messages' is empty \({path} line 31, .* and 27 more\)"
+        said = rf"^60 of 90 rows of {path} would be dropped, more than data\.max_dropped \(0\.5\) allows: .*{reason}"
+        with pytest.raises(LabError, match=said):
+            build(tiny_base, path, **self.options()).prepare(progress=False)
+        build(tiny_base, path, **self.options(), max_dropped=0.7).prepare(progress=False)
 
 
 class TestSteps:

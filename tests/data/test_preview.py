@@ -63,10 +63,8 @@ def test_text(data: ChatDataModule) -> None:
     assert f"4 rows of {data.source}: 3 kept, 1 dropped" in text
     assert "1 cut at max_length: rows 2\n" in text
     assert "0 tokenised otherwise without cuts at the answers\n" in text
-    assert (
-        f"dropped {data.source} row 1: no 'conversations', 'messages' or 'instruction' in the row (keys found: text)"
-        in text
-    )
+    reason = "no 'conversations', 'messages', 'prompt' or 'instruction' in the row (keys found: text)"
+    assert f"dropped 1: {reason} ({data.source} row 1)\n" in text
     figures = "".join(f"{name}: {value}\n" for name, value in packing_statistics(data).items())
     assert text.endswith(figures)
     assert f"{data.tokenized.lengths.sum()} tokens, {data.tokenized.supervised.sum()} supervised" in text

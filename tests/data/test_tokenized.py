@@ -17,7 +17,8 @@ import torch
 from lightning_lab.data import tokenized as module
 from lightning_lab.data.conversation import RowError, parse_conversation
 from lightning_lab.data.encoding import ConversationEncoder
-from lightning_lab.data.sources import Rows, load_rows
+from lightning_lab.data.rows import Part, Rows
+from lightning_lab.data.sources import load_rows
 from lightning_lab.data.tokenized import changed_rows, tokenize_rows
 from lightning_lab.errors import LabError
 from tests.data.encoded import encode, labels
@@ -32,7 +33,8 @@ BAD = [chat("a", "b"), {"text": "no"}, chat("c", "d"), RowError("the line is not
 
 
 def as_rows(rows: list[Any], fingerprint: str = "0") -> Rows:
-    return Rows(rows, "data.jsonl", fingerprint, len(rows), [2 * i + 1 for i in range(len(rows))])
+    part = Part("data.jsonl", rows, [2 * i + 1 for i in range(len(rows))])
+    return Rows([part], "data.jsonl", fingerprint, len(rows))
 
 
 @pytest.fixture(scope="module")

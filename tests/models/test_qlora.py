@@ -1,8 +1,10 @@
 import copy
+import hashlib
 import math
+import re
 import warnings
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -360,3 +362,69 @@ def test_evaluation_mode_spares_the_four_bit_layers(smollm_4: Any) -> None:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+class TestBeginningFromAnAdapter:
+    """With folders that PEFT alone has written."""
+
+    SETTINGS: ClassVar[dict[str, Any]] = {
+        **dict(r=4, alpha=8, rslora=False, dora=False),
+        "target_modules": ["q_proj", "up_proj"],
+    }
+
+    @pytest.fixture
+    def write(self, tiny, tmp_path):
+        """Write an adapter with random weights by PEFT; returns its logits."""
+        from peft import LoraConfig, get_peft_model
+
+        def write(**changes) -> torch.Tensor:
+            settings = dict(r=4, lora_alpha=8, target_modules=["up_proj", "q_proj"], task_type="CAUSAL_LM")
+            model = get_peft_model(copy.deepcopy(tiny), LoraConfig(**settings | changes))
+            for name, weight in model.named_parameters():
+                if "lora_B" in name or "magnitude" in name:
+                    torch.nn.init.uniform_(weight, 0.1, 0.2)
+            model.save_pretrained(tmp_path)
+            return model(input_ids=IDS).logits
+
+        return write
+
+    @pytest.mark.parametrize("dora", [False, True])
+    def test_it_answers_as_in_peft(self, write, tiny, tmp_path, dora):
+        expected = write(use_dora=dora)
+        settings = self.SETTINGS | {"dora": dora}
+        model = adapt(tiny, **settings)
+        state, digest = qlora.read_adapter(str(tmp_path), settings)
+        qlora.load_adapter_state(model, state)
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
+        assert digest == hashlib.sha256((tmp_path / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+    @pytest.mark.parametrize(
+        ("changes", "named"),
+        [
+            ({"r": 8}, "model.r is 4, its own is 8"),
+            ({"lora_alpha": 16}, "model.alpha is 8, its own is 16"),
+            ({"use_rslora": True}, "model.rslora is False, its own is True"),
+            ({"use_dora": True}, "model.dora is False, its own is True"),
+            ({"target_modules": ["q_proj"]}, r"model.target_modules is ['q_proj', 'up_proj'], its own is ['q_proj']"),
+            ({"alpha_pattern": {"q_proj": 2}}, "it has alpha_pattern {'q_proj': 2}"),
+        ],
+    )
+    def test_one_that_was_made_otherwise_is_refused(self, write, tmp_path, changes, named):
+        write(**changes)
+        with pytest.raises(LabError, match=rf"^model\.adapter: .* does not fit: .*{re.escape(named)}"):
+            qlora.read_adapter(str(tmp_path), self.SETTINGS)
+
+    def test_one_for_fewer_layers_changes_nothing(self, write, tiny, tmp_path):
+        write(layers_to_transform=[0])
+        state, _ = qlora.read_adapter(str(tmp_path), self.SETTINGS)
+        model = adapt(tiny, **self.SETTINGS)
+        with pytest.raises(LabError, match=r"does not fit the adapter in 4 tensors"):
+            qlora.load_adapter_state(model, state)
+
+    def test_what_is_no_adapter(self, write, tmp_path):
+        with pytest.raises(LabError, match=r"^model\.adapter: .* has no adapter_config\.json"):
+            qlora.read_adapter(str(tmp_path), self.SETTINGS)
+        write()
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"no")
+        with pytest.raises(LabError, match=r"adapter_model\.safetensors cannot be read"):
+            qlora.read_adapter(str(tmp_path), self.SETTINGS)

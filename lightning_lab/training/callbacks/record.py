@@ -21,6 +21,7 @@ from typing_extensions import override
 
 import lightning_lab
 from lightning_lab import files, rundir
+from lightning_lab.data.summary import data_record
 from lightning_lab.errors import LabError
 from lightning_lab.training.module import QLoRAModule
 
@@ -89,7 +90,7 @@ class RunRecord(pl.Callback):
             **environment(pl_module, self.command),
         }
         if pl_module.chat_data:
-            record["data"] = pl_module.chat_data.record()
+            record["data"] = data_record(pl_module.chat_data)
         if in_place and (parts := self._earlier_parts()):
             record["earlier"] = parts
         config = yaml.safe_dump(self._config(pl_module), sort_keys=False, allow_unicode=True, width=120)
@@ -144,6 +145,11 @@ class RunRecord(pl.Callback):
             write_losses(self.run_dir, self.window)
 
     @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.enable_validation:
+            write_losses(self.run_dir, self.window)
+
+    @override
     def teardown(self, *args: Any, **options: Any) -> None:
         if self._lock is not None:
             self._lock.close()
@@ -154,11 +160,15 @@ class RunRecord(pl.Callback):
 
 def write_losses(run_dir: Path, window: int | None) -> None:
     """Write ``losses.md`` and ``loss_curve.png`` from ``metrics.csv`` and the base's validation."""
-    from lightning_lab.loss_table import lab_table, losses, window_note
+    from lightning_lab.loss_table import Loss, lab_table, losses, window_note
     from lightning_lab.plots import loss_curve
 
     rows = rundir.read_metrics(run_dir / rundir.METRICS)[0]
-    table = lab_table(losses(rows, window), rundir.base_loss(run_dir)).markdown()
+    found = losses(rows, window)
+    if rows and not found:  # of a run without validations
+        recent = [row.values["train_loss"] for row in rows][-(window or 0) :]
+        found = [Loss(len(rows), sum(recent) / len(recent), None)]
+    table = lab_table(found, rundir.base_loss(run_dir)).markdown()
     files.write_whole(run_dir / rundir.LOSSES, f"{table}\n\n{window_note(window)}\n")
     try:
         loss_curve(rows, run_dir / rundir.CURVE, run_dir.name)
@@ -182,6 +192,7 @@ def environment(module: QLoRAModule, command: Sequence[str]) -> dict[str, Any]:
         **{key.rpartition(".")[2]: value for key, value in module.chosen.items()},
         "base_revision": module.settings.revision,
         "base_weights": module.base_weights,
+        "adapter_weights": module.adapter_weights,
         "git_commit": _git_commit(),
         "seed": module.settings.seed,
         "trainable_parameters": sum(weight.numel() for weight in module.trainable()),

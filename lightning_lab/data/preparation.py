@@ -1,0 +1,86 @@
+"""The data's settings -> all rows, their tokens, and the rows of each split; or prompts to answer."""
+
+import sys
+from typing import Any
+
+from lightning_lab.data.batching import SplitData, split_rows, split_sizes
+from lightning_lab.data.conversation import Prompt, RowError, RowFormat, parse_prompt
+from lightning_lab.data.encoding import ConversationEncoder
+from lightning_lab.data.rows import Rows
+from lightning_lab.data.sources import load_rows
+from lightning_lab.data.summary import check_dropped
+from lightning_lab.data.tokenized import TokenizedRows, tokenize_rows
+from lightning_lab.errors import LabError
+
+_NAMED_ROWS = 10  # of those that cannot be answered; the rest is counted
+
+
+def prepare_rows(
+    options: Any, encoder: ConversationEncoder, row_format: RowFormat, progress: bool
+) -> tuple[Rows, TokenizedRows, dict[str, SplitData]]:
+    """Load the rows, tokenise them and split them.
+
+    Rows of ``validation_source`` and ``test_source`` come after those of ``source``, in one numbering.
+
+    Args:
+        options: `ChatDataModule`'s ``hparams``.
+        encoder: Tokenises.
+        row_format: How to read the rows.
+        progress: Say on stderr what is worth knowing.
+
+    Raises:
+        LabError: As `ChatDataModule.prepare`.
+
+    """
+    commit, config, unread = options["revision"], options["source_config"], row_format.unread
+    rows = load_rows(options["source"], options["rows"], commit, config, options["source_split"], unread)
+    sources = {"validation": options["validation_source"], "test": options["test_source"]}
+    own = {}
+    for name, source in sources.items():
+        if source is not None:
+            same = str(source).partition(":")[0] == rows.name.partition(":")[0]
+            own[name] = load_rows(source, None, commit if same else None, config if same else None, name, unread)
+    method = options["split_method"]
+    sizes = split_sizes(options["split"], len(rows), rows.name, method, own)
+    if progress and not encoder.template.end_of_turn:
+        print(
+            f"warning: data.template {options['template']} writes no control token after an answer, so the model "
+            "does not learn to end one",
+            file=sys.stderr,
+        )
+    if progress and len(rows) < rows.total:
+        print(f"data.rows: the first {len(rows):,} of {rows.total:,} rows are used", file=sys.stderr)
+    every = Rows(
+        parts=[part for each in (rows, *own.values()) for part in each.parts],
+        name=", ".join(each.name for each in (rows, *own.values())),
+        fingerprint=" ".join([rows.fingerprint, *(f"{name} {each.fingerprint}" for name, each in own.items())]),
+        total=sum(each.total for each in (rows, *own.values())),
+    )
+    reading = {"row_format": row_format, "on_bad_row": options["on_bad_row"]}
+    tokenized = tokenize_rows(every, encoder, progress=progress, **reading)
+    check_dropped(every, tokenized, options["max_dropped"])
+    splits = split_rows(sizes, len(rows), options["split_seed"], tokenized.dropped, method)
+    first = len(rows)
+    for name, held_out in own.items():
+        splits[name] = SplitData.of(range(first, first + len(held_out)), tokenized.dropped)
+        first += len(held_out)
+    return every, tokenized, splits
+
+
+def prepare_prompts(options: Any, encoder: ConversationEncoder, row_format: RowFormat) -> list[Prompt]:
+    """Every row of ``predict_source``, as something to answer; bad ones are named and left out, or an error."""
+    rows = load_rows(options["predict_source"], unread=row_format.unread)
+    prompts, bad = [], []
+    for index, row in enumerate(rows):
+        try:
+            prompt = Prompt(index, *parse_prompt(row, row_format))
+            encoder.template.render(prompt.conversation, add_generation_prompt=True)
+            prompts.append(prompt)
+        except RowError as error:
+            bad.append(f"{rows.where(index)}: {error}")
+    if bad and (options["on_bad_row"] == "error" or not prompts):
+        raise LabError(f"{bad[0]}; correct the row or set data.on_bad_row to drop")
+    if bad:
+        named = "; ".join(bad[:_NAMED_ROWS])
+        print(f"{len(bad)} of {len(rows)} rows of {rows.name} are not answered: {named}", file=sys.stderr)
+    return prompts

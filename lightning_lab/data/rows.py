@@ -1,0 +1,98 @@
+"""The rows of a data source: read one by one when they are asked for, each with a place to name in errors."""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from lightning_lab.data.conversation import RowError
+
+
+class Part(NamedTuple):
+    """The rows of one file or Hub data set.
+
+    Attributes:
+        name: What to call it in messages.
+        stored: The rows in a compact form: lines of JSON as bytes (as much memory as the file has), an Arrow table, a
+            Hub data set, which stays on disk and gives tables, or a JSON list's Python objects.
+        lines: For JSON Lines, each row's line number counted from 1.
+        unread: A table's columns that are left out.
+
+    """
+
+    name: str
+    stored: Any
+    lines: Sequence[int] | None = None
+    unread: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Any]):
+    """The rows of all parts, one after another: mappings, or a `RowError` in the place of one that cannot be read.
+
+    Attributes:
+        parts: Files and Hub data sets, in order.
+        name: What to call them together.
+        fingerprint: Changes whenever the rows do.
+        total: Rows that there are, those beyond the limit too.
+
+    """
+
+    parts: Sequence[Part]
+    name: str
+    fingerprint: str
+    total: int
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return list(accumulate((len(part.stored) for part in self.parts), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        part, within = self._find(index)
+        row = part.stored.slice(within, 1) if isinstance(part.stored, pa.Table) else part.stored[within]
+        if isinstance(row, pa.Table):
+            return _ArrowRow(row)
+        if not isinstance(row, bytes):
+            return row
+        try:
+            return json.loads(row.decode())
+        except (ValueError, RecursionError) as error:
+            return RowError(f"the line is not JSON ({error})")
+
+    def where(self, index: int) -> str:
+        """Name a row's place for a message: its line counted from 1, otherwise its index counted from 0."""
+        part, within = self._find(index)
+        return f"{part.name} line {part.lines[within]}" if part.lines else f"{part.name} row {within}"
+
+    def _find(self, index: int) -> tuple[Part, int]:
+        index = range(len(self))[index]
+        number = bisect_right(self._starts, index) - 1
+        return self.parts[number], index - self._starts[number]
+
+
+class _ArrowRow(Mapping[str, Any]):
+    """A table's only row; a cell is converted when it is asked for, so that a column nobody uses may hold anything."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def __getitem__(self, key: str) -> Any:
+        cell = self._table[key][0]
+        try:
+            return cell.as_py()
+        except (ValueError, OverflowError) as error:
+            raise RowError(f"the cell of column {key!r}, of type {cell.type}, does not convert ({error})") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table.column_names)
+
+    def __len__(self) -> int:
+        return self._table.num_columns
