@@ -59,7 +59,7 @@ class ChatDataModule(pl.LightningDataModule):
         max_length: Most tokens of a conversation.
         truncation: What happens to longer ones: ``tokens`` cuts, ``turns`` keeps the complete turns that fit, ``drop``
             drops the row, ``error`` stops.
-        columns: Where the rows' columns have other names: a mapping such as ``{prompt: question, completion: answer}`` or
+        columns: Where the rows have other columns: a mapping such as ``{prompt: question, completion: answer}`` or
             ``{messages: dialog}``; null where they have the usual ones.
         ignore: Keys of rows and turns to leave out, whatever they mean. Others that are neither read nor harmless make
             a row a bad one.
@@ -136,7 +136,7 @@ class ChatDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict" and self.predict_source:
             self._open_tokenizer()
-            self._prompts = self._prompts_of(self.predict_source)  # here, as the base is loaded after it
+            assert self.own_prompts is not None  # read here, before the base is loaded
             return
         splits = self.splits
         needed = [] if stage is None else [self.split_for(stage)]
@@ -312,12 +312,14 @@ class ChatDataModule(pl.LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader:
-        prompts: Any = self._prompts if self.predict_source else self.first_prompts(self.split_for("predict"), None)
+        prompts: Any = self.own_prompts if self.predict_source else self.first_prompts(self.split_for("predict"), None)
         return DataLoader(prompts, collate_fn=self.prompt_batch, **loading_options(0, batch_size=PREDICT_BATCH_SIZE))
 
-    def _prompts_of(self, source: str) -> list[Prompt]:
-        """Every row of a source, as something to answer; bad ones are named and left out, or an error."""
-        rows = load_rows(source)
+    @cached_property
+    def own_prompts(self) -> list[Prompt]:
+        """Every row of ``predict_source``; bad ones are an error, or named and left out, as ``on_bad_row`` says."""
+        assert self.predict_source is not None
+        rows = load_rows(self.predict_source)
         prompts, bad = [], []
         for index, row in enumerate(rows):
             try:
@@ -330,7 +332,7 @@ class ChatDataModule(pl.LightningDataModule):
             raise LabError(f"{bad[0]}; correct the row or set data.on_bad_row to drop")
         if bad:
             named = "; ".join(bad[:_NAMED_ROWS])
-            print(f"{len(bad)} of {len(rows)} rows of {source} are not answered: {named}", file=sys.stderr)
+            print(f"{len(bad)} of {len(rows)} rows of {rows.name} are not answered: {named}", file=sys.stderr)
         return prompts
 
     # -- figures -------------------------------------------------------------------------------------------------

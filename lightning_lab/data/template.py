@@ -32,7 +32,7 @@ TIME_LIMIT_S = 5.0  # for the first conversation, which takes milliseconds
 _CACHED_SKELETONS = 4096  # bounds the memory that a data set of many sequences of roles takes
 _LLAMA_TOKENS = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
 
-# Conversations that show whether a template writes earlier turns otherwise than the last.
+# Conversations that show whether a template writes earlier turns otherwise than the last; the simplest come first.
 _TURNS = (Message("user", "one"), Message("assistant", "two"), Message("user", "three"), Message("assistant", "four"))
 _PROBES = (
     Conversation(_TURNS),
@@ -133,14 +133,14 @@ class ChatTemplate:
         if adds_bos and not skeleton.literals[0].startswith(tokenizer.bos_token):
             self.bos = tokenizer.bos_token
             self._skeletons.clear()
-        for probe in filter(self._rewrites, _PROBES):
-            self.per_answer = True
-            try:
+        rewritten = [probe for probe in _PROBES if self._rewrites(probe)]
+        self.per_answer = bool(rewritten)
+        try:
+            for probe in rewritten[:1]:  # those after it ask for more than many templates have
                 self.documents(probe)
-            except RowError as error:
-                raise LabError(
-                    f"data.template {template} cannot be used: it changes what stands before an answer, and {error}"
-                ) from None
+        except RowError as error:
+            reason = f"it does not write every turn of a conversation as it does the last, and {error}"
+            raise LabError(f"data.template {template} cannot be used: {reason}") from None
 
     def documents(self, conversation: Conversation) -> list[Rendered]:
         """Render a conversation as the texts to train on: one, or one for each answer where `per_answer` says so.
@@ -201,13 +201,15 @@ class ChatTemplate:
                 answers[i] = (answers[i][0] if i in answers else start, end, after)
         spans = []
         for i, (start, end, after) in answers.items():
-            ends = after.find(self.end_of_turn) if i in rich else -(not after.startswith(self.end_of_turn))
-            if i in rich:  # it begins with what the template writes after the header
+            closing = after.find(self.end_of_turn)
+            if i in rich:  # such an answer begins with what the template writes after the header
                 prompt = self._apply(conversation._replace(messages=messages[:i]), True)
-                if not text.startswith(prompt) or ends < 0 or (messages[i].tool_calls and not self.end_of_turn):
+                if not text.startswith(prompt) or closing < 0 or (messages[i].tool_calls and not self.end_of_turn):
                     raise RowError(f"the chat template does not begin and end turn {i + 1} as it does other answers")
                 start = len(prompt)
-            spans.append((start, end if ends < 0 else end + ends + len(self.end_of_turn)))
+            if i in rich or closing == 0:
+                end += closing + len(self.end_of_turn)
+            spans.append((start, end))
         return Rendered(text, tuple(spans), tuple(places), tuple(messages[i].weight for i in answers))
 
     def _rewrites(self, conversation: Conversation) -> bool:
