@@ -15,15 +15,15 @@ from typing_extensions import override
 
 from lightning_lab.data import batching
 from lightning_lab.data.batching import MicroBatch, PromptBatch, SplitData, SplitName, StepBatch
-from lightning_lab.data.conversation import EmptyAnswers, Prompt, RowError, RowFormat, parse_conversation, parse_prompt
+from lightning_lab.data.conversation import EmptyAnswers, Prompt, RowFormat, parse_conversation
 from lightning_lab.data.encoding import ControlTokens, ConversationEncoder, Mask, Truncation, load_tokenizer
 from lightning_lab.data.loading import StepLoader, loading_options
+from lightning_lab.data.prompts import read_prompts
 from lightning_lab.data.sources import Rows, load_rows
 from lightning_lab.data.tokenized import OnBadRow, TokenizedRows, tokenize_rows
 from lightning_lab.errors import LabError, Range, check_arguments
 
 PREDICT_BATCH_SIZE = 8
-_NAMED_ROWS = 10  # of those that cannot be answered; the rest is counted
 
 _COUNT: Range = (1, 1e9)
 _SEED: Range = (0, 2**32 - 1)  # what numpy, torch and Lightning all take
@@ -320,20 +320,7 @@ class ChatDataModule(pl.LightningDataModule):
         """Every row of ``predict_source``; bad ones are an error, or named and left out, as ``on_bad_row`` says."""
         assert self.predict_source is not None
         rows = load_rows(self.predict_source)
-        prompts, bad = [], []
-        for index, row in enumerate(rows):
-            try:
-                prompt = Prompt(index, *parse_prompt(row, self.row_format))
-                self.encoder.template.render(prompt.conversation, add_generation_prompt=True)
-                prompts.append(prompt)
-            except RowError as error:
-                bad.append(f"{rows.where(index)}: {error}")
-        if bad and (self.hparams["on_bad_row"] == "error" or not prompts):
-            raise LabError(f"{bad[0]}; correct the row or set data.on_bad_row to drop")
-        if bad:
-            named = "; ".join(bad[:_NAMED_ROWS])
-            print(f"{len(bad)} of {len(rows)} rows of {rows.name} are not answered: {named}", file=sys.stderr)
-        return prompts
+        return read_prompts(rows, self.encoder.template, self.row_format, self.hparams["on_bad_row"])
 
     # -- figures -------------------------------------------------------------------------------------------------
 

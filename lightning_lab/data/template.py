@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -20,13 +20,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_lab.data.conversation import Conversation, Message, RowError
-from lightning_lab.data.marks import MARK, mark
+from lightning_lab.data.marks import MARK, Span, mark, variants, walk
 from lightning_lab.errors import LabError
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
-
-Span = tuple[int, int]
 
 TIME_LIMIT_S = 5.0  # for the first conversation, which takes milliseconds
 _CACHED_SKELETONS = 4096  # bounds the memory that a data set of many sequences of roles takes
@@ -187,7 +185,7 @@ class ChatTemplate:
         for keep_blank, verbatim in product((False, True), (True, False)):  # nearly always the first one fits
             skeleton = self._skeleton(conversation, add_generation_prompt, keep_blank, cacheable)
             texts = [messages[i].content for i in skeleton.owners] if skeleton.texts is None else skeleton.texts
-            places = _walk(text, skeleton.literals, [[leaf] if verbatim else _variants(leaf) for leaf in texts])
+            places = walk(text, skeleton.literals, [[leaf] if verbatim else variants(leaf) for leaf in texts])
             if places is not None:
                 break
         else:
@@ -279,31 +277,6 @@ class ChatTemplate:
             self._skeletons.clear()
         self._skeletons[key] = skeleton
         return skeleton
-
-
-def _variants(content: str) -> list[str]:
-    """List the ways in which a template may write a content: as it is, trimmed, or as a JSON string."""
-    as_json = json.dumps(content, ensure_ascii=False)[1:-1]
-    return [content, content.strip(), content.lstrip(), content.rstrip(), as_json]
-
-
-def _walk(text: str, literals: Sequence[str], variants: Sequence[Sequence[str]]) -> list[Span] | None:
-    """Walk literals and contents along the text; None when they do not make up all of it.
-
-    After each message all positions that can be reached are kept, each with the places of the messages before it; of
-    several ways to a position the one of earlier variants counts.
-    """
-    first, *others = literals
-    reached: dict[int, list[Span]] = {len(first): []} if text.startswith(first) else {}
-    for choices, literal in zip(variants, others, strict=True):
-        before, reached = reached, {}
-        for start, places in before.items():
-            for content in choices:
-                end = start + len(content)
-                after = end + len(literal)
-                if after not in reached and text.startswith(content, start) and text.startswith(literal, end):
-                    reached[after] = [*places, (start, end)]
-    return reached.get(len(text))
 
 
 @contextmanager

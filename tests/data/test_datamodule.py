@@ -528,7 +528,7 @@ class TestPrompts:
             build(tiny_base, "missing.jsonl", predict_source=str(path)).setup("predict")  # before the base is loaded
         data = build(tiny_base, "missing.jsonl", predict_source=str(path), on_bad_row="drop")
         data.setup("predict")
-        assert re.search(rf"1 of 2 rows of .*ask\.jsonl are not answered: .*{missing}", capsys.readouterr().err)
+        assert re.search(rf"1 of 2 rows are not answered: .*{missing}", capsys.readouterr().err)
         assert [prompt.row for batch in data.predict_dataloader() for prompt in batch.prompts] == [0]
 
 

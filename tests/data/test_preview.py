@@ -67,7 +67,6 @@ def test_text(data: ChatDataModule) -> None:
         f"dropped {data.source} row 1: no 'conversations', 'messages', 'prompt' or 'instruction' in the row "
         "(keys found: text)"
     ) in text
-    )
     figures = "".join(f"{name}: {value}\n" for name, value in packing_statistics(data).items())
     assert text.endswith(figures)
     assert f"{data.tokenized.lengths.sum()} tokens, {data.tokenized.supervised.sum()} supervised" in text

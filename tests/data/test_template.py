@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_lab.data.conversation import Conversation, Message, RowError
 from lightning_lab.data.encoding import ConversationEncoder
-from lightning_lab.data.template import _walk
+from lightning_lab.data.marks import walk
 from lightning_lab.errors import LabError
 from tests.data.encoded import encode
 
@@ -67,7 +67,7 @@ def test_contents_that_are_trimmed_are_placed(literals: list[str], contents: lis
     written = [c if trim == "as it is" else getattr(c, trim)() for c, trim in zip(contents, trims, strict=False)]
     text = literals[0] + "".join(w + after for w, after in zip(written, literals[1:], strict=True))
     variants = [[c, c.strip(), c.lstrip(), c.rstrip()] for c in contents]
-    places = _walk(text, literals, variants)
+    places = walk(text, literals, variants)
     assert places is not None
     position = 0
     for literal, (start, end), choices in zip(literals, places, variants, strict=False):
