@@ -25,7 +25,7 @@ _TURNS = ("conversations", "messages")
 _QUESTIONS, _INPUTS, _ANSWERS = ("prompt", "instruction"), ("input", "context"), ("completion", "output", "response")
 _SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools", "functions")
 _ROW_KEYS = {*_TURNS, *_SYSTEM, *_TOOLS}
-_PAIR_KEYS = {*_QUESTIONS, *_INPUTS, *_ANSWERS, "history"}
+_PAIR_KEYS = {*_ROW_KEYS, *_QUESTIONS, *_INPUTS, *_ANSWERS, "history"}
 
 
 class Conversation(NamedTuple):
@@ -81,9 +81,8 @@ class RowFormat:
         return HARMLESS.union(self.ignore) - set(self.columns.values())
 
     def __post_init__(self) -> None:
-        keys = _ROW_KEYS | _PAIR_KEYS
-        for key in self.columns.keys() - keys:
-            raise LabError(f"data.columns has the key '{key}'; choose from {', '.join(sorted(keys))}")
+        for key in self.columns.keys() - _PAIR_KEYS:
+            raise LabError(f"data.columns has the key '{key}'; choose from {', '.join(sorted(_PAIR_KEYS))}")
 
 
 _BY_KEYS = RowFormat()
@@ -108,13 +107,13 @@ def parse_conversation(row: Mapping[str, Any] | RowError, row_format: RowFormat 
 
     """
     conversation = _parse(row, row_format)
-    weights = [message.weight for message in conversation.messages if message.role == "assistant"]
-    if not any(weights):
-        marked = "every answer is marked as not to be trained" if weights else "no assistant turn and no 'output'"
-        raise RowError(f"{marked}, so there is nothing to learn")
-    for number, message in enumerate(conversation.messages, start=1):
-        empty = message.role == "assistant" and not message.content.strip() and not message.tool_calls
-        if empty and message.weight and row_format.empty_answers == "refuse":
+    learned = [(i, m) for i, m in enumerate(conversation.messages, start=1) if m.role == "assistant" and m.weight]
+    if not learned:
+        marked = any(message.role == "assistant" for message in conversation.messages)
+        reason = "every answer is marked as not to be trained" if marked else "no assistant turn and no 'output'"
+        raise RowError(f"{reason}, so there is nothing to learn")
+    for number, message in learned:
+        if not (message.content.strip() or message.tool_calls or row_format.empty_answers == "keep"):
             raise RowError(f"the answer in turn {number} is empty; data.empty_answers: keep would train it")
     return conversation
 
@@ -151,23 +150,24 @@ def _parse(row: Mapping[str, Any] | RowError, row_format: RowFormat) -> Conversa
         raise row
     if not isinstance(row, Mapping):
         raise RowError(f"a row must be an object with named fields, found {turns.kind(row)}")
-    row = _renamed(row, row_format) if row_format != _BY_KEYS else row
+    if row_format.ignore or row_format.columns:
+        row = _renamed(row, row_format)
     forms = [_parse_turns(row[key], f"'{key}'", row_format) for key in turns.filled(row, _TURNS)]
-    paired = turns.filled(row, _QUESTIONS) or (not forms and any(row.get(key) is not None for key in _QUESTIONS))
+    if len(forms) > 1 and forms[0] != forms[1]:
+        raise RowError("its 'conversations' and 'messages' differ; name the one to leave out in data.ignore")
+    paired = any(row.get(key) not in (turns.EMPTY if forms else (None,)) for key in _QUESTIONS)
     if paired:
         forms.append(_parse_pair(row, row_format))
     forms = list(filter(None, forms))
     if not forms:
-        for key in _TURNS:
-            if row.get(key) is not None:
-                raise RowError(f"'{key}' is empty")
+        for key in (key for key in _TURNS if row.get(key) is not None):
+            raise RowError(f"'{key}' is empty")
         found = ", ".join(sorted(map(str, row))) or "none"
         raise RowError(f"no 'conversations', 'messages', 'prompt' or 'instruction' in the row (keys found: {found})")
-    turns.refuse_unknown(row, _ROW_KEYS | _PAIR_KEYS if paired else _ROW_KEYS, "the row")
-    messages, *others = forms
-    said = {message[:2] for message in messages} if others else set()
-    if any(message[:2] not in said for other in others for message in other):
-        # Sets of turns often repeat the first question in a column of its own, which says nothing new.
+    turns.refuse_unknown(row, _PAIR_KEYS if paired else _ROW_KEYS, "the row")
+    messages = forms[0]
+    if len(forms) > 1 and not {message[:2] for message in forms[-1]} <= {message[:2] for message in messages}:
+        # Sets of turns may repeat the first question in a column of its own, which says nothing new.
         raise RowError("its columns hold different conversations; name those to leave out in data.ignore")
     if system := turns.one_of(row, _SYSTEM, "the row"):
         leading = Message("system", turns.checked_text(system, "'system'"))
@@ -178,7 +178,8 @@ def _parse(row: Mapping[str, Any] | RowError, row_format: RowFormat) -> Conversa
     for number, message in enumerate(messages[1:], start=2):
         if message.role == "system":
             raise RowError(f"system message in turn {number}; only the first turn can be one")
-    return Conversation(tuple(messages), turns.objects(turns.one_of(row, _TOOLS, "the row") or [], "'tools'"))
+    tools = turns.one_of(row, _TOOLS, "the row")
+    return Conversation(tuple(messages), turns.objects(tools, "'tools'") if tools else ())
 
 
 def _renamed(row: Mapping[str, Any], row_format: RowFormat) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from lightning_lab.data.batching import MicroBatch, PromptBatch, SplitData, Spli
 from lightning_lab.data.conversation import EmptyAnswers, Prompt, RowFormat, parse_conversation
 from lightning_lab.data.encoding import ControlTokens, ConversationEncoder, Mask, Truncation, load_tokenizer
 from lightning_lab.data.loading import StepLoader, do_without_validation, loading_options
-from lightning_lab.data.preparation import prepare_prompts, prepare_rows
+from lightning_lab.data.preparation import prepare_rows
+from lightning_lab.data.prompts import read_prompts
 from lightning_lab.data.rows import Rows
+from lightning_lab.data.sources import load_rows
 from lightning_lab.data.summary import summary
 from lightning_lab.data.tokenized import OnBadRow, TokenizedRows
 from lightning_lab.errors import LabError, Range, check_arguments
@@ -74,8 +76,8 @@ class ChatDataModule(pl.LightningDataModule):
         max_length: Most tokens of a conversation.
         truncation: What happens to longer ones: ``tokens`` cuts, ``turns`` keeps the complete turns that fit, ``drop``
             drops the row, ``error`` stops.
-        columns: Where the rows' columns have other names: a mapping such as ``{prompt: question, completion: answer}``
-            or ``{messages: dialog}``; null where they have the usual ones.
+        columns: Where the rows have other columns: a mapping such as ``{prompt: question, completion: answer}`` or
+            ``{messages: dialog}``; null where they have the usual ones.
         ignore: Keys of rows and turns to leave out, whatever they mean. Others that are neither read nor harmless make
             a row a bad one.
         empty_answers: ``refuse`` takes a row with an empty answer for a bad one; ``keep`` trains to answer nothing.
@@ -160,8 +162,7 @@ class ChatDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict" and self.predict_source:
             self._open_tokenizer()
-            # here, as the base is loaded after it
-            self._prompts = prepare_prompts(self.hparams, self.encoder, self.row_format)
+            assert self.own_prompts is not None  # read here, before the base is loaded
             return
         splits = self.splits
         needed = [] if stage is None else [self.split_for(stage)]
@@ -340,5 +341,12 @@ class ChatDataModule(pl.LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader:
-        prompts: Any = self._prompts if self.predict_source else self.first_prompts(self.split_for("predict"), None)
+        prompts: Any = self.own_prompts if self.predict_source else self.first_prompts(self.split_for("predict"), None)
         return DataLoader(prompts, collate_fn=self.prompt_batch, **loading_options(0, batch_size=PREDICT_BATCH_SIZE))
+
+    @cached_property
+    def own_prompts(self) -> list[Prompt]:
+        """Every row of ``predict_source``; bad ones are an error, or named and left out, as ``on_bad_row`` says."""
+        assert self.predict_source is not None
+        rows = load_rows(self.predict_source, unread=self.row_format.unread)
+        return read_prompts(rows, self.encoder.template, self.row_format, self.hparams["on_bad_row"])

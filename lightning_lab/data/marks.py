@@ -1,9 +1,13 @@
 """Marks in place of all that a row's author wrote, which show where a chat template puts it."""
 
+import json
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lightning_lab.data.conversation import Conversation
+
+Span = tuple[int, int]
 
 # Private-use characters: no template takes them for whitespace or markup.
 MARK = re.compile("\ue000([0-9]+)\ue001")
@@ -68,3 +72,28 @@ def mark(conversation: Conversation, keep_blank: bool, drops_thinking: bool) -> 
         name = message.name and put(message.name, optional=True)
         marked.append(message._replace(content=content, tool_calls=tuple(calls), reasoning=reasoning, name=name))
     return conversation._replace(messages=tuple(marked)), leaves
+
+
+def variants(content: str) -> list[str]:
+    """List the ways in which a template may write a content: as it is, trimmed, or as a JSON string."""
+    as_json = json.dumps(content, ensure_ascii=False)[1:-1]
+    return [content, content.strip(), content.lstrip(), content.rstrip(), as_json]
+
+
+def walk(text: str, literals: Sequence[str], texts: Sequence[Sequence[str]]) -> list[Span] | None:
+    """Walk literals and the variants of texts along the whole text; None when they do not make up all of it.
+
+    After each message all positions that can be reached are kept, each with the places of the messages before it; of
+    several ways to a position the one of earlier variants counts.
+    """
+    first, *others = literals
+    reached: dict[int, list[Span]] = {len(first): []} if text.startswith(first) else {}
+    for choices, literal in zip(texts, others, strict=True):
+        before, reached = reached, {}
+        for start, places in before.items():
+            for content in choices:
+                end = start + len(content)
+                after = end + len(literal)
+                if after not in reached and text.startswith(content, start) and text.startswith(literal, end):
+                    reached[after] = [*places, (start, end)]
+    return reached.get(len(text))

@@ -1,18 +1,15 @@
-"""The data's settings -> all rows, their tokens, and the rows of each split; or prompts to answer."""
+"""The data's settings -> all rows, their tokens and the rows of each split."""
 
 import sys
 from typing import Any
 
 from lightning_lab.data.batching import SplitData, split_rows, split_sizes
-from lightning_lab.data.conversation import Prompt, RowError, RowFormat, parse_prompt
+from lightning_lab.data.conversation import RowFormat
 from lightning_lab.data.encoding import ConversationEncoder
 from lightning_lab.data.rows import Rows
 from lightning_lab.data.sources import load_rows
 from lightning_lab.data.summary import check_dropped
 from lightning_lab.data.tokenized import TokenizedRows, tokenize_rows
-from lightning_lab.errors import LabError
-
-_NAMED_ROWS = 10  # of those that cannot be answered; the rest is counted
 
 
 def prepare_rows(
@@ -65,22 +62,3 @@ def prepare_rows(
         splits[name] = SplitData.of(range(first, first + len(held_out)), tokenized.dropped)
         first += len(held_out)
     return every, tokenized, splits
-
-
-def prepare_prompts(options: Any, encoder: ConversationEncoder, row_format: RowFormat) -> list[Prompt]:
-    """Every row of ``predict_source``, as something to answer; bad ones are named and left out, or an error."""
-    rows = load_rows(options["predict_source"], unread=row_format.unread)
-    prompts, bad = [], []
-    for index, row in enumerate(rows):
-        try:
-            prompt = Prompt(index, *parse_prompt(row, row_format))
-            encoder.template.render(prompt.conversation, add_generation_prompt=True)
-            prompts.append(prompt)
-        except RowError as error:
-            bad.append(f"{rows.where(index)}: {error}")
-    if bad and (options["on_bad_row"] == "error" or not prompts):
-        raise LabError(f"{bad[0]}; correct the row or set data.on_bad_row to drop")
-    if bad:
-        named = "; ".join(bad[:_NAMED_ROWS])
-        print(f"{len(bad)} of {len(rows)} rows of {rows.name} are not answered: {named}", file=sys.stderr)
-    return prompts

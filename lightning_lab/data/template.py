@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -20,19 +20,17 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_lab.data.conversation import Conversation, Message, RowError
-from lightning_lab.data.marks import MARK, mark
+from lightning_lab.data.marks import MARK, Span, mark, variants, walk
 from lightning_lab.errors import LabError
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
 
-Span = tuple[int, int]
-
 TIME_LIMIT_S = 5.0  # for the first conversation, which takes milliseconds
 _CACHED_SKELETONS = 4096  # bounds the memory that a data set of many sequences of roles takes
 _LLAMA_TOKENS = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
 
-# Conversations that show whether a template writes earlier turns otherwise than the last.
+# Conversations that show whether a template writes earlier turns otherwise than the last; the simplest come first.
 _TURNS = (Message("user", "one"), Message("assistant", "two"), Message("user", "three"), Message("assistant", "four"))
 _PROBES = (
     Conversation(_TURNS),
@@ -133,14 +131,14 @@ class ChatTemplate:
         if adds_bos and not skeleton.literals[0].startswith(tokenizer.bos_token):
             self.bos = tokenizer.bos_token
             self._skeletons.clear()
-        for probe in filter(self._rewrites, _PROBES):
-            self.per_answer = True
-            try:
+        rewritten = [probe for probe in _PROBES if self._rewrites(probe)]
+        self.per_answer = bool(rewritten)
+        try:
+            for probe in rewritten[:1]:  # those after it ask for more than many templates have
                 self.documents(probe)
-            except RowError as error:
-                raise LabError(
-                    f"data.template {template} cannot be used: it changes what stands before an answer, and {error}"
-                ) from None
+        except RowError as error:
+            reason = f"it does not write every turn of a conversation as it does the last, and {error}"
+            raise LabError(f"data.template {template} cannot be used: {reason}") from None
 
     def documents(self, conversation: Conversation) -> list[Rendered]:
         """Render a conversation as the texts to train on: one, or one for each answer where `per_answer` says so.
@@ -187,7 +185,7 @@ class ChatTemplate:
         for keep_blank, verbatim in product((False, True), (True, False)):  # nearly always the first one fits
             skeleton = self._skeleton(conversation, add_generation_prompt, keep_blank, cacheable)
             texts = [messages[i].content for i in skeleton.owners] if skeleton.texts is None else skeleton.texts
-            places = _walk(text, skeleton.literals, [[leaf] if verbatim else _variants(leaf) for leaf in texts])
+            places = walk(text, skeleton.literals, [[leaf] if verbatim else variants(leaf) for leaf in texts])
             if places is not None:
                 break
         else:
@@ -201,13 +199,15 @@ class ChatTemplate:
                 answers[i] = (answers[i][0] if i in answers else start, end, after)
         spans = []
         for i, (start, end, after) in answers.items():
-            ends = after.find(self.end_of_turn) if i in rich else -(not after.startswith(self.end_of_turn))
-            if i in rich:  # it begins with what the template writes after the header
+            closing = after.find(self.end_of_turn)
+            if i in rich:  # such an answer begins with what the template writes after the header
                 prompt = self._apply(conversation._replace(messages=messages[:i]), True)
-                if not text.startswith(prompt) or ends < 0 or (messages[i].tool_calls and not self.end_of_turn):
+                if not text.startswith(prompt) or closing < 0 or (messages[i].tool_calls and not self.end_of_turn):
                     raise RowError(f"the chat template does not begin and end turn {i + 1} as it does other answers")
                 start = len(prompt)
-            spans.append((start, end if ends < 0 else end + ends + len(self.end_of_turn)))
+            if i in rich or closing == 0:
+                end += closing + len(self.end_of_turn)
+            spans.append((start, end))
         return Rendered(text, tuple(spans), tuple(places), tuple(messages[i].weight for i in answers))
 
     def _rewrites(self, conversation: Conversation) -> bool:
@@ -277,31 +277,6 @@ class ChatTemplate:
             self._skeletons.clear()
         self._skeletons[key] = skeleton
         return skeleton
-
-
-def _variants(content: str) -> list[str]:
-    """List the ways in which a template may write a content: as it is, trimmed, or as a JSON string."""
-    as_json = json.dumps(content, ensure_ascii=False)[1:-1]
-    return [content, content.strip(), content.lstrip(), content.rstrip(), as_json]
-
-
-def _walk(text: str, literals: Sequence[str], variants: Sequence[Sequence[str]]) -> list[Span] | None:
-    """Walk literals and contents along the text; None when they do not make up all of it.
-
-    After each message all positions that can be reached are kept, each with the places of the messages before it; of
-    several ways to a position the one of earlier variants counts.
-    """
-    first, *others = literals
-    reached: dict[int, list[Span]] = {len(first): []} if text.startswith(first) else {}
-    for choices, literal in zip(variants, others, strict=True):
-        before, reached = reached, {}
-        for start, places in before.items():
-            for content in choices:
-                end = start + len(content)
-                after = end + len(literal)
-                if after not in reached and text.startswith(content, start) and text.startswith(literal, end):
-                    reached[after] = [*places, (start, end)]
-    return reached.get(len(text))
 
 
 @contextmanager

@@ -661,11 +661,17 @@ class TestPrompts:
         with pytest.raises(LabError, match=r"missing\.jsonl"):
             data.setup("test")  # which does read the source
 
-    def test_a_bad_row_of_another_file_is_named(self, tiny_base: Path, tmp_path: Path) -> None:
-        path = write(tmp_path / "ask.jsonl", [chat("a", "b"), {"nothing": 1}])
+    def test_a_bad_row_of_another_file_is_named(
+        self, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = write(tmp_path / "ask.jsonl", [chat("a", "b"), {"messages": [{"role": "user", "content": None}]}])
+        missing = r"ask\.jsonl line 2: the content of turn 1 \(user\) is missing"
+        with pytest.raises(LabError, match=missing):
+            build(tiny_base, "missing.jsonl", predict_source=str(path)).setup("predict")  # before the base is loaded
         data = build(tiny_base, "missing.jsonl", predict_source=str(path), on_bad_row="drop")
-        with pytest.raises(LabError, match=r"ask\.jsonl line 2: no 'conversations'"):
-            data.predict_dataloader()
+        data.setup("predict")
+        assert re.search(rf"1 of 2 rows are not answered: .*{missing}", capsys.readouterr().err)
+        assert [prompt.row for batch in data.predict_dataloader() for prompt in batch.prompts] == [0]
 
 
 class TestRowsLeftOut:

@@ -22,11 +22,11 @@ pytestmark = pytest.mark.usefixtures("one_tokenizer")
 
 @pytest.fixture(scope="module")
 def prepare(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    def made(rows: list[dict[str, Any]]) -> ChatDataModule:
+    def made(rows: list[dict[str, Any]], **options: Any) -> ChatDataModule:
         path = tmp_path_factory.mktemp("rows") / "data.json"
         path.write_text(json.dumps(rows))
         settings: Any = {"tokenizer": str(tiny_base), "template": "tokenizer", "max_length": 34, "on_bad_row": "drop"}
-        data = ChatDataModule(str(path), split=[0.5, 0.5, 0.0], batch_size=2, **settings)
+        data = ChatDataModule(str(path), split=[0.5, 0.5, 0.0], batch_size=2, **settings, **options)
         data.prepare(progress=False)
         return data
 
@@ -84,7 +84,7 @@ def test_a_split_and_a_limit(data: ChatDataModule) -> None:
 def test_boundary_shifts_are_counted(prepare: Any) -> None:
     """Of the rows that are kept, by comparing with the whole text tokenised at once."""
     answers = ["plain", "\n\nbegins with empty lines", None, " begins with a space", "\n", "x" * 9]
-    data = prepare([{"instruction": "q", "output": answer} for answer in answers])
+    data = prepare([{"instruction": "q", "output": answer} for answer in answers], empty_answers="keep")
     backend = data.tokenizer.backend_tokenizer
     shifted = []
     for i, answer in enumerate(answers):
@@ -106,6 +106,13 @@ def test_colours_on_a_terminal(data: ChatDataModule, monkeypatch: pytest.MonkeyP
     assert "\x1b[32ma<|im_end|>\x1b[0m" in text  # green
     assert "\x1b[2m" in text  # dim
     assert "\x1b[31m" not in text  # what the row quotes does not reach the terminal
+
+
+def test_keys_that_are_not_read_are_counted(prepare: Any) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "mask": True, "id": 3}]
+    rows = [{"messages": turns, "score": 1}, {"messages": turns, "source": ""}, {"text": "bad", "score": 1}]
+    text = shown(prepare(rows, ignore=["mask"]))
+    assert "keys that are not read, and the rows that have them: id (2), mask (2), score (1)\n" in text
 
 
 def test_json(data: ChatDataModule) -> None:

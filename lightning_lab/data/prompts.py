@@ -1,0 +1,36 @@
+"""Rows to be answered -> prompts."""
+
+import sys
+
+from lightning_lab.data.conversation import Prompt, RowError, RowFormat, parse_prompt
+from lightning_lab.data.rows import Rows
+from lightning_lab.data.template import ChatTemplate
+from lightning_lab.data.tokenized import OnBadRow
+from lightning_lab.errors import LabError
+
+_NAMED_ROWS = 10  # of those that cannot be answered; the rest is counted
+
+
+def read_prompts(rows: Rows, template: ChatTemplate, row_format: RowFormat, on_bad_row: OnBadRow) -> list[Prompt]:
+    """Read every row as something to answer; under ``on_bad_row: drop`` bad ones are left out and named on stderr.
+
+    Raises:
+        LabError: A bad row under ``error``, or none is left.
+
+    """
+    prompts, bad = [], []
+    for index, row in enumerate(rows):
+        try:
+            prompt = Prompt(index, *parse_prompt(row, row_format))
+            template.render(prompt.conversation, add_generation_prompt=True)
+            prompts.append(prompt)
+        except RowError as error:
+            bad.append(f"{rows.where(index)}: {error}")
+    if bad and (on_bad_row == "error" or not prompts):
+        raise LabError(f"{bad[0]}; correct the row or set data.on_bad_row to drop")
+    if bad:
+        print(
+            f"{len(bad)} of {len(rows)} rows are not answered: {'; '.join(bad[:_NAMED_ROWS])}",
+            file=sys.stderr,
+        )
+    return prompts
