@@ -19,7 +19,7 @@ from lightning_lab.data.conversation import EmptyAnswers, Prompt, RowFormat, par
 from lightning_lab.data.encoding import ControlTokens, ConversationEncoder, Mask, Truncation, load_tokenizer
 from lightning_lab.data.loading import StepLoader, do_without_validation, loading_options
 from lightning_lab.data.preparation import prepare_rows
-from lightning_lab.data.prompts import read_prompts
+from lightning_lab.data.prompts import read_prompts, tokenize_prompts
 from lightning_lab.data.rows import Rows
 from lightning_lab.data.sources import load_rows
 from lightning_lab.data.summary import summary
@@ -72,6 +72,7 @@ class ChatDataModule(pl.LightningDataModule):
         micro_mean: null: a step's loss is the mean over its supervised tokens. A number: the mean over groups of so
             many conversations of each group's token mean, as Hugging Face's trainer has it with batches of that size
             and a model that does not take ``num_items_in_batch``. Weighs tokens of short answers more.
+        double_bos: Begin each conversation with two beginning-of-sequence tokens, as the lab's tool did.
         control_tokens: ``text`` encodes control tokens quoted inside a message as plain text; ``control`` parses them.
         max_length: Most tokens of a conversation.
         truncation: What happens to longer ones: ``tokens`` cuts, ``turns`` keeps the complete turns that fit, ``drop``
@@ -127,6 +128,7 @@ class ChatDataModule(pl.LightningDataModule):
         template: str = "llama-3.1",
         mask: Mask = "assistant",
         micro_mean: int | None = None,
+        double_bos: bool = False,
         control_tokens: ControlTokens = "text",
         max_length: int = 2048,
         truncation: Truncation = "tokens",
@@ -195,7 +197,7 @@ class ChatDataModule(pl.LightningDataModule):
     def _open_tokenizer(self) -> None:
         options = self.hparams
         self.tokenizer = load_tokenizer(options["tokenizer"], options["tokenizer_revision"])
-        rules = ("template", "control_tokens", "mask", "max_length", "truncation")
+        rules = ("template", "double_bos", "control_tokens", "mask", "max_length", "truncation")
         self.encoder = ConversationEncoder(self.tokenizer, **{key: options[key] for key in rules})
 
     @cached_property
@@ -329,15 +331,7 @@ class ChatDataModule(pl.LightningDataModule):
 
     def prompt_batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """Tokenise prompts as in training; a template that refuses one raises `RowError`."""
-        end_of_turn = self.encoder.template.end_of_turn.strip()
-        stop_ids = {self.tokenizer.eos_token_id, self.encoder.template.control_ids.get(end_of_turn)}
-        return PromptBatch(
-            prompts=list(prompts),
-            input_ids=[self.encoder.encode_prompt(prompt.conversation) for prompt in prompts],
-            pad_id=self.tokenizer.pad_token_id,
-            stop_ids=sorted(i for i in stop_ids if i is not None),
-            tokenizer=self.tokenizer,
-        )
+        return tokenize_prompts(prompts, self.encoder, self.tokenizer)
 
     @override
     def predict_dataloader(self) -> DataLoader:

@@ -4,7 +4,6 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -109,6 +108,7 @@ class ConversationEncoder:
         max_length: Tokens a document may have; None for no limit.
         truncation: For longer rows: ``tokens`` cuts at ``max_length``, ``turns`` after the last answer that fits
             whole, ``drop`` and ``error`` refuse them.
+        double_bos: As for `ChatTemplate`.
 
     Attributes:
         template: The chat template.
@@ -127,10 +127,11 @@ class ConversationEncoder:
         mask: Mask = "assistant",
         max_length: int | None = None,
         truncation: Truncation = "tokens",
+        double_bos: bool = False,
     ) -> None:
         self.control_tokens, self.mask = control_tokens, mask
         self.max_length, self.truncation = max_length, truncation
-        self.template = ChatTemplate(tokenizer, template)
+        self.template = ChatTemplate(tokenizer, template, double_bos)
 
         from tokenizers import Tokenizer
 
@@ -162,8 +163,14 @@ class ConversationEncoder:
         ]
 
     def _documents(self, conversation: Conversation) -> list[Rendered]:
+        if self.mask == "last":
+            *earlier, _ = (i for i, message in enumerate(conversation.messages) if message.role == "assistant")
+            turns = [m._replace(weight=0.0) if i in earlier else m for i, m in enumerate(conversation.messages)]
+            conversation = conversation._replace(messages=tuple(turns))
         texts = self.template.documents(conversation)
-        return [_last_alone(text) for text in texts[-1:]] if self.mask == "last" else texts
+        if not any(weight for text in texts for weight in text.weights):
+            raise RowError("nothing left to learn: its last answer is context only")
+        return texts
 
     def _encode(self, texts: Sequence[Rendered]) -> list[Encoded | RowError]:
         whole = [self._pieces(text) for text in texts]
@@ -292,14 +299,8 @@ class ConversationEncoder:
                     f"nothing left to learn: no answer {verb} within data.max_length {limit} "
                     f"(the row has {length} tokens)"
                 )
-            raise RowError(
-                "nothing left to learn: its answers are context only, or empty and the template writes no end-of-turn"
-            )
+            raise RowError("nothing left to learn: its answers are empty and the template writes no end-of-turn token")
         return Encoded(ids, supervised, truncated, weights)
-
-
-def _last_alone(text: Rendered) -> Rendered:
-    return replace(text, weights=(*(0.0 for _ in text.weights[1:]), *text.weights[-1:]))
 
 
 def _joined(documents: Sequence[Encoded | RowError]) -> Encoded:

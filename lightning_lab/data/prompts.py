@@ -1,8 +1,12 @@
 """Rows to be answered -> prompts."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
+from lightning_lab.data.batching import PromptBatch
 from lightning_lab.data.conversation import Prompt, RowError, RowFormat, parse_prompt
+from lightning_lab.data.encoding import ConversationEncoder
 from lightning_lab.data.rows import Rows
 from lightning_lab.data.template import ChatTemplate
 from lightning_lab.data.tokenized import OnBadRow
@@ -34,3 +38,21 @@ def read_prompts(rows: Rows, template: ChatTemplate, row_format: RowFormat, on_b
             file=sys.stderr,
         )
     return prompts
+
+
+def tokenize_prompts(prompts: Sequence[Prompt], encoder: ConversationEncoder, tokenizer: Any) -> PromptBatch:
+    """Tokenise prompts as in training.
+
+    Raises:
+        RowError: The template refuses one.
+
+    """
+    end_of_turn = encoder.template.end_of_turn.strip()
+    stop_ids = {tokenizer.eos_token_id, encoder.template.control_ids.get(end_of_turn)}
+    return PromptBatch(
+        prompts=list(prompts),
+        input_ids=[encoder.encode_prompt(prompt.conversation) for prompt in prompts],
+        pad_id=tokenizer.pad_token_id,
+        stop_ids=sorted(i for i in stop_ids if i is not None),
+        tokenizer=tokenizer,
+    )

@@ -87,11 +87,12 @@ class ChatTemplate:
         tokenizer: A fast Hugging Face tokenizer; it is read, never altered.
         template: ``tokenizer`` for the tokenizer's own chat template, ``llama-3.1`` for the packaged one, or the path
             of a ``.jinja`` file.
+        double_bos: Put the beginning-of-sequence token before the text even where the template writes it.
 
     Attributes:
         source: The template's text.
         bos: What is put before the text: the beginning-of-sequence token where the tokenizer adds one to every text
-            and the template does not write it, else empty.
+            and the template does not write it (or ``double_bos``), else empty.
         control_ids: Id of each added token that steers the model.
         control_pattern: Matches those tokens as the tokenizer does.
         end_of_turn: The control token, with whitespace that the template writes before it, that closes an answer;
@@ -103,7 +104,7 @@ class ChatTemplate:
 
     """
 
-    def __init__(self, tokenizer: Any, template: str) -> None:
+    def __init__(self, tokenizer: Any, template: str, double_bos: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skeletons: dict[Any, _Skeleton] = {}
         self.source = _PINNED_TODAY + _template_text(tokenizer, template)
@@ -128,7 +129,11 @@ class ChatTemplate:
         closing = re.match(rf"\s*(?:{pattern})", skeleton.literals[-1])
         self.end_of_turn = closing.group().rstrip() if closing else ""
         adds_bos = tokenizer.bos_token and tokenizer.bos_token_id in tokenizer.backend_tokenizer.encode("x").ids
-        if adds_bos and not skeleton.literals[0].startswith(tokenizer.bos_token):
+        if double_bos and not adds_bos:
+            raise LabError(
+                "data.double_bos: this tokenizer puts no beginning-of-sequence token before a text; set false"
+            )
+        if adds_bos and (double_bos or not skeleton.literals[0].startswith(tokenizer.bos_token)):
             self.bos = tokenizer.bos_token
             self._skeletons.clear()
         rewritten = [probe for probe in _PROBES if self._rewrites(probe)]

@@ -452,6 +452,88 @@ def test_one_bos_with_a_tokenizer_that_adds_one(
     encoded = check(encoder, tokenizer, conversation, llama(conversation.messages, date="26 Jul 2024"))
     assert encoded.input_ids.count(128000) == 1
     check_prompts(encoder, encoded, conversation)
+    if template_writes_bos:
+        twice = encode(ConversationEncoder(tokenizer, write_template(template), double_bos=True), conversation)
+        text = "".join(piece for piece, _ in llama(conversation.messages, date="26 Jul 2024"))
+        assert twice.input_ids == tokenizer(text)["input_ids"] == [128000, *encoded.input_ids]
+        assert twice.supervised == [False, *encoded.supervised]
+
+
+def test_two_bos_of_a_tokenizer_that_adds_none_is_an_error(smollm2_tokenizer: Any) -> None:
+    with pytest.raises(LabError, match=r"^data\.double_bos: this tokenizer puts no beginning-of-sequence token"):
+        ConversationEncoder(smollm2_tokenizer, double_bos=True)
+
+
+THREE = Conversation(
+    (
+        Message("user", "one?"),
+        Message("assistant", "first answer", weight=2.0),
+        Message("user", "two?"),
+        Message("assistant", "second", weight=0.0),
+        Message("user", "three?"),
+        Message("assistant", "the third", weight=0.5),
+    )
+)
+
+
+@pytest.mark.parametrize("mask", ["assistant", "last"])
+def test_answers_have_weights(smollm2_tokenizer: Any, write_template: Any, mask: Any) -> None:
+    encoded = encode(ConversationEncoder(smollm2_tokenizer, write_template(CHATML), mask=mask), THREE)
+    expected: list[float] = []
+    for message in THREE.messages:
+        weight = message.weight if message.role == "assistant" else 0.0
+        weight = weight if mask == "assistant" or message is THREE.messages[-1] else 0.0
+        answer = smollm2_tokenizer(message.content).input_ids
+        header = smollm2_tokenizer(f"<|im_start|>{message.role}\n").input_ids
+        expected += [0.0] * len(header) + [weight] * (len(answer) + 1) + [0.0]  # <|im_end|> and the newline after it
+    assert encoded.weights == expected
+    assert encoded.supervised == [weight > 0 for weight in expected]
+    assert encoded.starts == ()
+
+
+def test_a_mask_of_a_last_answer_that_is_context_only_leaves_nothing(smollm2_tokenizer: Any) -> None:
+    encoder = ConversationEncoder(smollm2_tokenizer, mask="last")
+    with pytest.raises(RowError, match="nothing left to learn: its last answer is context only"):
+        encode(encoder, Conversation(THREE.messages[:4]))
+
+
+STRIPS = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}{%- else %}{{ m.content }}
+{%- endif %}{{ '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"""
+
+
+@pytest.mark.parametrize(("max_length", "learned"), [(None, [1, 3, 5]), (40, [1, 3])])
+def test_a_row_of_one_document_for_each_answer(
+    smollm2_tokenizer: Any, write_template: Any, max_length: int | None, learned: list[int]
+) -> None:
+    turns = [
+        ("user", "a?"),
+        ("assistant", "<think>one</think>A"),
+        ("user", "b?"),
+        ("assistant", "<think>two</think>B"),
+        ("user", "c " * 60),
+        ("assistant", "<think>three</think>C"),
+    ]
+    encoder = ConversationEncoder(smollm2_tokenizer, write_template(STRIPS), max_length=max_length)
+    encoded = encode(encoder, talk(*turns))
+
+    ids: list[int] = []
+    supervised: list[bool] = []
+    starts = []
+    for i in learned:  # each answer after what the template writes before it, the earlier thoughts stripped
+        said = [{"role": role, "content": content} for role, content in turns[:i]]
+        prompt = smollm2_tokenizer.apply_chat_template(
+            said, chat_template=STRIPS, add_generation_prompt=True, tokenize=False
+        )
+        before = smollm2_tokenizer(prompt).input_ids
+        answer = smollm2_tokenizer(turns[i][1] + "<|im_end|>").input_ids
+        starts.append(len(ids))
+        ids += [*before, *answer, *smollm2_tokenizer("\n").input_ids]
+        supervised += [False] * len(before) + [True] * len(answer) + [False]
+    assert encoded.input_ids == ids
+    assert encoded.supervised == supervised
+    assert list(encoded.starts) == starts[1:]
+    assert encoded.truncated == (max_length is not None)
 
 
 def test_dates_are_pinned(
