@@ -98,7 +98,7 @@ class Message(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether it says nothing but its content."""
-        return self[3:] == ((), None, None, None)
+        return not (self.tool_calls or self.reasoning or self.name or self.tool_call_id)
 
     @property
     def answer(self) -> str:
