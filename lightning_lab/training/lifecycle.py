@@ -246,8 +246,8 @@ class Lifecycle(pl.LightningModule):
             put(self, data, {key: state["chosen"][key] for key in self._auto})
             enable_checkpointing(self.peft_model, self.checkpointing)
         now = flatten({"model": self.hparams, "data": data.hparams if data else {}}) | self._facts
-        # rows that were trained on are known by their contents, whatever split they are in
-        by_content = self.dealt is not None and command != "fit"
+        # another split of the same source may be asked for where what was trained on is known by its contents
+        by_content = command != "fit" and self.dealt is not None and now.get("data.allow_trained")
         resume.check_settings(checkpoint, now, self.base_weights, None if by_content else command)
         self.completed_steps = state["completed_steps"]
         if command == "fit":
