@@ -1,5 +1,6 @@
 """What was trained on is never evaluated as held out, wherever it stands by then; rows are expected by their texts."""
 
+import functools
 import json
 import random
 import shutil
@@ -14,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_lab import ChatDataModule, QLoRAModule, run_directory
+from lightning_lab.data import datamodule
 from lightning_lab.data.sources import load_rows
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.report import main as report
 from lightning_lab.training import held_out
 
-pytestmark = pytest.mark.usefixtures("one_tokenizer")
 LAST = "run/checkpoints/last.ckpt"
 REFUSED = r" of the \d+ test conversations were trained on: "
 Chat = tuple[str, str]
@@ -69,12 +70,14 @@ def module(base: str) -> QLoRAModule:
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(
-    tmp_path_factory: pytest.TempPathFactory, chats: list[Chat], data: Any, module: QLoRAModule
+    tmp_path_factory: pytest.TempPathFactory, one_tokenizer: None, chats: list[Chat], data: Any, module: QLoRAModule
 ) -> Iterator[Path]:
     """A run of one step over ``chats.jsonl``."""
     folder = tmp_path_factory.mktemp("held_out")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        # half a second each
+        patch.setattr(datamodule, "ConversationEncoder", functools.cache(datamodule.ConversationEncoder))
         write(Path("chats.jsonl"), chats)
         trainer(max_steps=1, limit_val_batches=1).fit(module, data("chats.jsonl"))
         yield folder
