@@ -207,6 +207,7 @@ class LabCLI(LightningCLI):
             return self._trainer(given, logger=False, callbacks=None, **here)
         run_dir, predictions = self.paths.run_dir, None
         self.model.continues = self.paths.checkpoint is not None
+        self.model.checkpoint = settings.ckpt_path
         self.model.evaluate_base = self.command != "fit" and self.paths.checkpoint is None
         if self.command == "predict":
             source = self.datamodule.predict_source

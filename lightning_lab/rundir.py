@@ -23,6 +23,7 @@ RUNS = Path("runs")
 BASE = "base"
 CONFIG, ENVIRONMENT, METRICS, LOSSES = "config.yaml", "environment.json", "metrics.csv", "losses.md"
 SAMPLES, CURVE, CHECKPOINTS, LOCK = "samples.md", "loss_curve.png", "checkpoints", ".lock"
+ROWS = "rows.parquet"  # among the checkpoints: what the run trained on and held out
 TRAIN_COLUMNS = (
     "epoch",
     "train_loss",

@@ -64,6 +64,8 @@ class ChatDataModule(pl.LightningDataModule):
             as the lab did, by ``datasets``' ``train_test_split`` twice with ``split_seed``.
         split_seed: Seed of the split. Not the run's seed, so that runs with different seeds share their splits.
         eval_split: The split that `validate`, `test` and `predict` read; null for validation, test and test.
+        allow_trained: Evaluate conversations that the checkpoint was trained on too, apart from the others, whose
+            figures are the result; false refuses them. ``eval_split: train`` needs no permission.
         revision: Commit of a Hub data set; null for its newest.
         tokenizer: Where the tokenizer comes from: Hub id, folder, GGUF file or ``embedded``. Set from ``model.base``.
         tokenizer_revision: Commit of the tokenizer's Hub repository; null for its newest.
@@ -122,6 +124,7 @@ class ChatDataModule(pl.LightningDataModule):
         split_method: SplitMethod = "permutation",
         split_seed: int = 3407,
         eval_split: SplitName | None = None,
+        allow_trained: bool = False,
         revision: str | None = None,
         tokenizer: str = "unsloth/Llama-3.2-1B-Instruct",
         tokenizer_revision: str | None = None,

@@ -46,7 +46,7 @@ def dropped_reasons(rows: Rows, tokenized: TokenizedRows, indices: Sequence[int]
     found = sorted(groups.values(), key=len, reverse=True)
     lines = []
     for alike in found[:_NAMED_REASONS]:
-        lines.append(f"dropped {len(alike):,}: {tokenized.dropped[alike[0]]} ({_some(alike, rows.where)})")
+        lines.append(f"dropped {len(alike):,}: {tokenized.dropped[alike[0]]} ({some(alike, rows.where)})")
     if rest := sum(map(len, found[_NAMED_REASONS:])):
         lines.append(f"dropped {rest:,} for other reasons")
     return lines
@@ -54,10 +54,11 @@ def dropped_reasons(rows: Rows, tokenized: TokenizedRows, indices: Sequence[int]
 
 def named(found: Sequence[int]) -> str:
     """Name the first rows of a list, if it has any, after a count of them."""
-    return f": rows {_some(found)}" if found else ""
+    return f": rows {some(found)}" if found else ""
 
 
-def _some(found: Sequence[int], name: Callable[[int], str] = str) -> str:
+def some(found: Sequence[int], name: Callable[[int], str] = str) -> str:
+    """The first rows of a list by name, and how many more there are."""
     more = f" and {len(found) - _NAMED_ROWS:,} more" if len(found) > _NAMED_ROWS else ""
     return ", ".join(map(name, found[:_NAMED_ROWS])) + more
 

@@ -40,7 +40,8 @@ class Run:
         total_steps: Optimizer steps of the whole run, if it got as far as knowing them.
         trainable_parameters: Of the adapters.
         metrics: The rows of ``metrics.csv``.
-        evaluations: ``test.json``, ``validation.json``, ``test-base.json`` and so on, by the name before ``.json``.
+        evaluations: ``test.json``, ``validation.json``, ``test-base.json`` and so on, by the name before ``.json``;
+            those of other data than the run's own, such as ``test@faq``, come last.
         step: The last that is recorded; 0 before the first.
         state: ``empty`` (nothing recorded), ``running``, ``stopped`` (crashed, killed or interrupted) or ``finished``.
         described_state: In words, with how far the run is.
@@ -76,8 +77,9 @@ class Run:
             what = "lacks the columns step, train_loss and val_loss" if damaged[0] == 1 else row
             raise LabError(f"{path / METRICS} line {damaged[0]}: {what}; {DAMAGED}")
         names = [f"{split}{base}" for split in ("train", "validation", "test") for base in ("", "-base")]
-        found = {name: path / f"{name}.json" for name in names if (path / f"{name}.json").is_file()}
-        self.evaluations = {name: _evaluation(file) for name, file in found.items()}
+        found = [path / f"{name}.json" for name in names if (path / f"{name}.json").is_file()]
+        found += sorted(file for name in names for file in path.glob(f"{name}@*.json"))
+        self.evaluations = {file.stem: _evaluation(file) for file in found}
         recorded = bool(self.config or self.environment or self.metrics or self.evaluations)
         own = {rundir.LOCK, rundir.CHECKPOINTS, "tensorboard", *REPORT_FILES}
         if not recorded and any(entry.name not in own and entry.suffix != ".tmp" for entry in path.iterdir()):
@@ -213,7 +215,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _evaluation(path: Path) -> dict[str, Any]:
     content = _json(path)
-    keys = [f"{path.stem.removesuffix('-base')}_{kind}" for kind in ("loss", "perplexity", "token_accuracy")]
+    split = path.stem.partition("@")[0].removesuffix("-base")
+    keys = [f"{split}_{kind}" for kind in ("loss", "perplexity", "token_accuracy")]
     try:
         return content | {key: float(content[key]) for key in keys}
     except (KeyError, TypeError, ValueError, OverflowError):  # OverflowError: an integer of 400 digits

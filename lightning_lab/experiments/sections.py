@@ -36,7 +36,7 @@ def document(summary: Summary, *, marked: bool = False) -> str:
         blocks += ["## Ranking" if several else "## Result", ranking_table(summary)]
     if several:
         blocks.append("Ranked by the lowest validation loss; the test split takes no part in the choice.")
-    blocks += [*map(escape, summary.notes), "## Losses", FIGURE, *_loss_tables(runs)]
+    blocks += [*map(escape, summary.notes), *_other_data(runs), "## Losses", FIGURE, *_loss_tables(runs)]
     if summary.reference:
         blocks += _reference(runs, summary.reference)
     if summary.seeds:
@@ -68,6 +68,21 @@ def ranking_table(summary: Summary) -> Table:
     }
     text = [key for key, values in settings.items() if not all(type(value) in (int, float) for value in values)]
     return Table(list(columns), list(zip(*columns.values(), strict=True)), ("run", "state", *text))
+
+
+def _other_data(runs: Sequence[Run]) -> list[Block]:
+    """Evaluations of other conversations than the runs' own, by their source."""
+    named = [(run.name, *name.partition("@"), own) for run in runs for name, own in run.evaluations.items()]
+    rows = []
+    for run, kind, at, source, own in named:
+        loss, perplexity = (own[f"{kind.removesuffix('-base')}_{figure}"] for figure in ("loss", "perplexity"))
+        trained = own.get("trained")
+        left_out = trained.get("conversations") if isinstance(trained, dict) else 0
+        counts = _value(own.get("conversations")), _value(left_out)
+        if at:
+            rows.append((source, run, kind, f"{loss:.6f}", f"{perplexity:.3f}", *counts))
+    columns = ("source", "run", "split", "loss", "perplexity", "conversations", "trained on, left out")
+    return ["## Evaluated on other data", Table(columns, sorted(rows), columns[:3])] if rows else []
 
 
 def comparison_markdown(found: Comparison) -> str:

@@ -129,6 +129,11 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         if run.best and isinstance(tested, int) and tested != run.best["step"]:
             best = f"step {run.best['step']:,.0f}, where its validation loss is lowest"
             found.append(f"{run.name} was tested at step {tested:,}, not at {best}.")
+        for name, own in run.evaluations.items():
+            if "copies" in own:
+                what = f"{own['copies']} conversations are copies of training ones"
+                loss = own.get(f"{name.partition('@')[0].removesuffix('-base')}_loss_without_copies")
+                found.append(f"{run.name}, {name}: {what}; without them the loss is {loss}.")
     for base in (run.evaluations["test-base"] for run in runs if "test-base" in run.evaluations):
         found.append(
             f"The untouched base on the test split: loss {base['test_loss']:.6f}, perplexity "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Evaluation:
         tokens: ``[C]`` int64, its supervised tokens.
         correct: ``[C]`` int64, those of them that were the most likely token.
         hf_batch_size: Conversations in the batches that `loss_hf` imitates.
+        trained: The conversations that were trained on, which are not among these; None if there were none.
 
     """
 
@@ -29,11 +31,21 @@ class Evaluation:
     tokens: Tensor
     correct: Tensor
     hf_batch_size: int = 8  # Hugging Face's default
+    trained: Evaluation | None = None
 
     @property
     def loss(self) -> float:
         """Sum of NLL / supervised tokens, in nats per token."""
-        return self.nll.sum().item() / int(self.tokens.sum())
+        return (self.nll.sum() / self.tokens.sum()).item()  # NaN of no conversation
+
+    def apart(self, rows: Sequence[int]) -> tuple[Evaluation, Evaluation]:
+        """The other conversations, and those of some rows of the source."""
+
+        def chosen(which: Tensor) -> Evaluation:
+            return replace(self, **{key: getattr(self, key)[which] for key in ("rows", "nll", "tokens", "correct")})
+
+        those = torch.isin(self.rows, torch.tensor(rows, dtype=torch.int64))
+        return chosen(~those), chosen(those)
 
     @property
     def loss_hf(self) -> float:
@@ -53,14 +65,20 @@ class Evaluation:
             f"{prefix}_loss": loss,
             f"{prefix}_loss_hf": self.loss_hf,
             f"{prefix}_perplexity": math.exp(loss) if loss < 700 else math.inf,
-            f"{prefix}_token_accuracy": int(self.correct.sum()) / int(self.tokens.sum()),
+            f"{prefix}_token_accuracy": (self.correct.sum().double() / self.tokens.sum()).item(),
         }
 
 
 class EvaluationSums:
-    """Adds up a split's micro-batches on the device; one copy to the host, when all are in."""
+    """Adds up a split's micro-batches on the device; one copy to the host, when all are in.
 
-    def __init__(self) -> None:
+    Args:
+        trained_rows: Rows of the source to keep apart, as they were trained on.
+
+    """
+
+    def __init__(self, trained_rows: Sequence[int] = ()) -> None:
+        self._trained_rows = trained_rows
         self._device: list[tuple[Tensor, Tensor]] = []
         self._host: list[tuple[int, int, int]] = []
 
@@ -91,10 +109,12 @@ class EvaluationSums:
             torch.distributed.all_gather_object(shares, found)
             found = [conversation for share in shares for conversation in share]
         _, rows, tokens, nll, correct = zip(*sorted(found), strict=True)
-        return Evaluation(
+        every = Evaluation(
             rows=torch.tensor(rows),
             nll=torch.tensor(nll, dtype=torch.float64),
             tokens=torch.tensor(tokens),
             correct=torch.tensor(correct),
             hf_batch_size=hf_batch_size,
         )
+        others, trained = every.apart(self._trained_rows)
+        return replace(others, trained=trained) if len(trained.rows) else every

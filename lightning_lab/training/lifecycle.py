@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +27,7 @@ from lightning_lab.models.qlora import (
     load_adapter_state,
     read_adapter,
 )
-from lightning_lab.training import resume
+from lightning_lab.training import held_out, resume
 from lightning_lab.training.auto import put, settle_auto
 from lightning_lab.training.optim import LossScale
 from lightning_lab.training.refusals import refuse_on_device, refuse_trainer
@@ -40,11 +43,14 @@ class Lifecycle(pl.LightningModule):
         checkpointing: The mode in use; what ``auto`` stands for once the trainer has set the module up.
         continues: A checkpoint is to be loaded, so that ``model.adapter``, with which its run began, is not read.
         evaluate_base: Evaluation and prediction leave the adapters out.
+        checkpoint: The file that is to be loaded, if it is known before the trainer knows it.
         completed_steps: Optimizer steps of the run so far; after a checkpoint was loaded, those behind its adapter.
         total_steps: Optimizer steps of the whole run.
         validation_pending: The checkpoint was saved between a step and its validation, which `fit` then begins with.
         loss_scale: Of float16.
         adapter_weights: SHA-256 of the file that ``model.adapter`` was read from; None where it was not.
+        dealt: What the adapter was trained on, and what was held out: see `held_out`; None where that is not known.
+        trained_rows: Rows of the split being evaluated that were trained on.
 
     """
 
@@ -58,11 +64,14 @@ class Lifecycle(pl.LightningModule):
         self.model: PeftModel | None = None
         self.evaluate_base = False
         self.continues = False
+        self.checkpoint: str | None = None
         self.completed_steps = 0
         self.total_steps = 0
         self.validation_pending = False
         self.loss_scale = LossScale()
         self.adapter_weights: str | None = None
+        self.dealt: pa.Table | None = None
+        self.trained_rows: list[int] = []
         self._validated_step = 0
         self._auto: list[str] = []  # keys that were `auto`
         self._resumed: Mapping[str, Any] = {}  # our own part of the checkpoint that `fit` continues from
@@ -103,7 +112,39 @@ class Lifecycle(pl.LightningModule):
         if training:  # a resumed run's position is loaded after this
             self.completed_steps = self._validated_step = 0
             self.validation_pending, self.loss_scale, self._resumed = False, LossScale(), {}
+        adapter = self.settings.adapter if training and self.model is None else None
+        self._know_rows(self.checkpoint or adapter, training)
+        if self.checkpoint and not training:
+            self.on_test_start()  # before the base is loaded
         self._auto = settle_auto(self.trainer, self, self.chat_data, training=training)
+
+    def _know_rows(self, origin: str | Path | None, training: bool) -> None:
+        """Read what the checkpoint or adapter was trained on; add what this run deals out."""
+        if origin:
+            self.dealt = held_out.read_rows(Path(origin))
+        if training and self.chat_data:
+            if origin and self.dealt is None and self.trainer.is_global_zero:
+                print(held_out.UNKNOWN, file=sys.stderr)
+            self.dealt = held_out.deal_rows(self.chat_data, self.dealt)
+
+    @override
+    def on_test_start(self) -> None:
+        """Look for conversations that were trained on among those to evaluate.
+
+        Raises:
+            LabError: There are some, and may not be.
+
+        """
+        self.trained_rows, data, stage = [], self.chat_data, self.trainer.state.fn
+        answers_others = stage == "predict" and data and data.predict_source
+        if stage == "fit" or data is None or self.evaluate_base or answers_others:
+            return
+        if self.dealt is not None:
+            self.trained_rows = held_out.trained_rows(self.dealt, data, data.split_for(str(stage)))
+        elif self.completed_steps and self.trainer.is_global_zero:
+            print(held_out.UNKNOWN, file=sys.stderr)
+
+    on_validation_start = on_predict_start = on_test_start
 
     @override
     def configure_model(self) -> None:
@@ -197,13 +238,17 @@ class Lifecycle(pl.LightningModule):
         """
         self.continues = True
         self.configure_model()
+        if self._attached and not self.checkpoint:
+            self._know_rows(self._attached.ckpt_path, self._attached.state.fn == "fit")
         state, data = resume.own_part(checkpoint), self.chat_data
         command = self._attached.state.fn if self._attached else None
         if command == "fit":  # whatever would fit now: with dropout the cut into micro-batches is a part of the result
             put(self, data, {key: state["chosen"][key] for key in self._auto})
             enable_checkpointing(self.peft_model, self.checkpointing)
         now = flatten({"model": self.hparams, "data": data.hparams if data else {}}) | self._facts
-        resume.check_settings(checkpoint, now, self.base_weights, command)
+        # another split of the same source may be asked for where what was trained on is known by its contents
+        by_content = command != "fit" and self.dealt is not None and now.get("data.allow_trained")
+        resume.check_settings(checkpoint, now, self.base_weights, None if by_content else command)
         self.completed_steps = state["completed_steps"]
         if command == "fit":
             resume.check_data(state["data"], data)
@@ -235,9 +280,14 @@ class Lifecycle(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Let a run whose last step is done but not validated begin: Lightning ends at once at ``max_steps``."""
+        """Say what is held out and yet trained on; let a run begin whose last step is done but not validated.
+
+        Lightning ends at once at ``max_steps``.
+        """
         if self.validation_pending and self.completed_steps >= self.total_steps:
             self.trainer.fit_loop.epoch_loop.max_steps += 1 if self.trainer.max_steps >= 0 else 0
+        if self.chat_data and self.trainer.is_global_zero:
+            held_out.say_trained(self.dealt, self.chat_data)
 
     @override
     def on_train_start(self) -> None:

@@ -49,6 +49,7 @@ FREE = {
     "data.tokenizer",
     "data.tokenizer_revision",
     "data.eval_split",
+    "data.allow_trained",
     "data.predict_source",
     "data.num_workers",
     "data.on_bad_row",

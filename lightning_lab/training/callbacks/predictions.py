@@ -11,10 +11,13 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_lab.files import make_directory, write_whole, writing
+from lightning_lab.training.module import QLoRAModule
 
 
 class PredictionWriter(pl.Callback):
     """Writes one JSON object a conversation: ``row``, ``messages`` (the prompt), ``answer``, ``reference``.
+
+    One that was trained on also has ``trained``, which is true.
 
     Args:
         path: The JSONL file; replaced.
@@ -25,14 +28,12 @@ class PredictionWriter(pl.Callback):
         self.path = path
 
     @override
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         make_directory(self.path.parent)
         write_whole(self.path, "")
 
     @override
-    def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
-    ) -> None:
+    def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: QLoRAModule, outputs: Any, *args: Any) -> None:  # type: ignore[override]
         with writing(self.path), self.path.open("a") as file:
             for prompt, answer in outputs:
                 record = {
@@ -41,6 +42,8 @@ class PredictionWriter(pl.Callback):
                     "answer": answer,
                     "reference": prompt.reference,
                 }
+                if prompt.row in pl_module.trained_rows:
+                    record["trained"] = True
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     @override

@@ -23,6 +23,7 @@ import lightning_lab
 from lightning_lab import files, rundir
 from lightning_lab.data.summary import data_record
 from lightning_lab.errors import LabError
+from lightning_lab.training import held_out
 from lightning_lab.training.module import QLoRAModule
 
 PACKAGES = ("lightning", "torch", "transformers", "peft", "bitsandbytes", "datasets")
@@ -72,6 +73,8 @@ class RunRecord(pl.Callback):
         for leftover in [*run_dir.glob(".*.tmp"), *checkpoints.glob(".*.tmp")]:  # of a run killed while it wrote
             if leftover.is_file():
                 leftover.unlink()
+        if pl_module.dealt is not None:
+            held_out.write_rows(pl_module.dealt, checkpoints)
         if checkpoint is not None:
             # the first steps of another run are this one's too
             if not in_place and checkpoint.parent.name == rundir.CHECKPOINTS:

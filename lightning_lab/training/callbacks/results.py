@@ -1,19 +1,32 @@
-"""Results of `validate` and `test`: ``<split>.json``, ``<split>_examples.csv``, and a table of all there are."""
+"""Results of `validate` and `test`: ``<split>.json``, ``<split>_examples.csv``, and a table of all there are.
+
+Those of other conversations than the run's own, whatever file they are in, are ``<split>@<source>.json`` and so on.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import sys
+from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 from typing_extensions import override
 
 from lightning_lab import files, rundir
 from lightning_lab.data.batching import SPLITS
-from lightning_lab.tables import Table
+from lightning_lab.tables import NONE, Table
+from lightning_lab.training import held_out
 from lightning_lab.training.callbacks.record import write_losses
 from lightning_lab.training.module import QLoRAModule
+
+SETTINGS = ("max_length", "template", "mask", "truncation")  # of the data, which a loss depends on
+LONGEST_SOURCE = 60  # of a file's name
 
 
 class Results(pl.Callback):
@@ -38,7 +51,10 @@ class Results(pl.Callback):
         assert found
         split = data.split_for(stage) if data else {"validate": "validation"}.get(stage, stage)
         checkpoint = rundir.BASE if pl_module.evaluate_base else str(trainer.ckpt_path or "the model as it was passed")
-        record = {
+        known = held_out.read_rows(self.run_dir / rundir.CHECKPOINTS / rundir.ROWS)
+        known = pl_module.dealt if known is None else known
+        stands = held_out.standing(known, data, split) if data and known is not None else None
+        record: dict[str, Any] = {
             **found.figures(split),
             "conversations": len(found.rows),
             "supervised_tokens": int(found.tokens.sum()),
@@ -46,10 +62,24 @@ class Results(pl.Callback):
             "checkpoint": checkpoint,
             "step": 0 if pl_module.evaluate_base else pl_module.completed_steps,
             "data_fingerprint": data.tokenized.fingerprint if data else None,
+            "split": split,
         }
-        if data and (left_out := len(data.splits[split].rows) - len(found.rows)):
+        if data:
+            contents = np.sort(data.tokenized.contents[data.splits[split].rows])
+            record["contents"] = hashlib.sha256(contents.tobytes()).hexdigest()[:16]
+            record["source"] = data.hparams.get(f"{split}_source") or data.source
+            record["settings"] = {key: data.hparams[key] for key in SETTINGS}
+        if found.trained:
+            record["trained"] = {"conversations": len(found.trained.rows), "loss": found.trained.loss}
+        if stands and stands.copies:
+            others, copies = found.apart(stands.copies)
+            record |= {"copies": len(copies.rows), f"{split}_loss_without_copies": others.loss}
+        evaluated = len(found.rows) + (len(found.trained.rows) if found.trained else 0)
+        if data and (left_out := len(data.splits[split].rows) - evaluated):
             record["left_out_by_a_limit"] = left_out
         name = f"{split}-base" if pl_module.evaluate_base else split
+        if not (stands and stands.is_own):
+            name = self._other_name(name, record, may_be_own=stands is None)
         files.make_directory(self.run_dir)
         files.write_whole(self.run_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
         examples = zip(found.rows.tolist(), found.nll.tolist(), found.tokens.tolist(), strict=True)
@@ -60,15 +90,24 @@ class Results(pl.Callback):
         print(results_table(self.run_dir).markdown())
         print(f"written: {self.run_dir / name}.json, {name}_examples.csv", file=sys.stderr)
 
+    def _other_name(self, name: str, record: Mapping[str, Any], *, may_be_own: bool) -> str:
+        """A name that no result of other conversations has."""
+        source = re.sub(r"[^\w-]+", "-", Path(str(record.get("source"))).stem).strip("-")[:LONGEST_SOURCE]
+        numbered = (f"{name}@{source}-{number}" for number in count(2))
+        names = chain([name] * may_be_own, [f"{name}@{source}"], numbered)
+        replaceable = (None, record.get("contents"))
+        return next(n for n in names if files.read_json(self.run_dir / f"{n}.json").get("contents") in replaceable)
+
     on_test_end = on_validation_end  # type: ignore[assignment]
 
 
 def results_table(run_dir: Path) -> Table:
     """All evaluations that a run directory holds, as one table: the base beside the checkpoint, split by split."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for split in SPLITS:
-        for path in (run_dir / f"{split}-base.json", run_dir / f"{split}.json"):
-            record = files.read_json(path)
+        others = sorted((*run_dir.glob(f"{split}@*.json"), *run_dir.glob(f"{split}-base@*.json")))
+        for path in (run_dir / f"{split}-base.json", run_dir / f"{split}.json", *others):
+            record, name = files.read_json(path), split + path.stem[len(path.stem.partition("@")[0]) :]
             try:
                 used = record["checkpoint"]
                 model = used if used == rundir.BASE else f"{Path(used).stem}, step {record['step']}"
@@ -79,8 +118,13 @@ def results_table(run_dir: Path) -> Table:
                     f"{record['conversations']:,}",
                     f"{record['supervised_tokens']:,}",
                 )
+                beside = [("trained on", *record["trained"].values())] if "trained" in record else []
+                if "copies" in record:
+                    left = record["conversations"] - record["copies"]
+                    beside.append(("without copies", left, record[f"{split}_loss_without_copies"]))
+                more = [(f"{name}, {what}", model, f"{x:.4f}", NONE, NONE, f"{n:,}", NONE) for what, n, x in beside]
             except (KeyError, TypeError, ValueError):  # not there, or damaged: the next evaluation writes it anew
                 continue
-            rows.append((split, model, *figures))
+            rows += [(name, model, *figures), *more]
     columns = ("split", "model", "loss", "perplexity", "token accuracy", "conversations", "tokens")
     return Table(columns, rows, text=("split", "model"))

@@ -1,0 +1,117 @@
+"""What a run trained on and held out, known by the contents of its conversations: rows move, and files are renamed.
+
+A table with the columns ``split``, ``row`` (in the run's own source) and ``content`` (`TokenizedRows.contents`). Beside
+the three splits, ``trained_before`` has what only the runs before were trained on, those that this one continues or
+began from.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lightning_lab.data.datamodule import ChatDataModule
+from lightning_lab.data.summary import some
+from lightning_lab.errors import LabError
+from lightning_lab.files import write_whole
+from lightning_lab.rundir import ROWS
+
+BEFORE = "trained_before"
+_SCHEMA = pa.schema({"split": pa.string(), "row": pa.int64(), "content": pa.uint64()})
+UNKNOWN = f"warning: there is no {ROWS} beside the checkpoint or adapter: what it was trained on is not known"
+
+
+class Standing(NamedTuple):
+    """How a split stands to a run.
+
+    Attributes:
+        is_own: It has exactly the conversations that the run dealt to the split of its name.
+        trained: Its rows that were trained on.
+        copies: Its rows that the run dealt to it, but a copy of which, another row of the run's source, was trained on.
+
+    """
+
+    is_own: bool
+    trained: list[int]
+    copies: list[int]
+
+
+def deal_rows(data: ChatDataModule, earlier: pa.Table | None) -> pa.Table:
+    """What a run trains on and holds out; ``earlier`` is the table of the one that it continues or began from."""
+    contents = data.tokenized.contents
+    parts = [(name, split.rows, contents[split.rows]) for name, split in data.splits.items()]
+    if earlier is not None:
+        before = np.setdiff1d(_contents(earlier, "train", BEFORE), contents[data.splits["train"].rows])
+        parts.append((BEFORE, pa.nulls(len(before), pa.int64()), before))
+    tables = [
+        pa.table({"split": [name] * len(rows), "row": rows, "content": said}, _SCHEMA) for name, rows, said in parts
+    ]
+    return pa.concat_tables(tables)
+
+
+def say_trained(dealt: pa.Table, data: ChatDataModule) -> None:
+    """Say on stderr how much of what a run holds out is trained on all the same."""
+    for name in ("validation", "test"):
+        _, trained, copies = standing(dealt, data, name)
+        size = len(data.splits[name].rows)
+        if copies:
+            print(f"{len(copies):,} of {size:,} {name} conversations are copies of training ones", file=sys.stderr)
+        if trained:
+            what = f"{len(trained):,} of {size:,} {name} conversations were trained on by the run before this one"
+            print(f"warning: {what}; set data.split and its seed as they were", file=sys.stderr)
+
+
+def standing(dealt: pa.Table, data: ChatDataModule, split: str) -> Standing:
+    """Compare a split with what a run was dealt; of the training split nothing is said to be trained on."""
+    rows = data.splits[split].rows
+    contents, own = data.tokenized.contents[rows], _contents(dealt, split)
+    is_own = np.array_equal(np.sort(contents), np.sort(own))
+    if split == "train":
+        return Standing(is_own, [], [])
+    before, train = (np.isin(contents, _contents(dealt, name)) for name in (BEFORE, "train"))
+    copies = train & ~before & np.isin(contents, own).all()  # if it is the run's own split, or a part of it
+    return Standing(is_own, sorted(rows[(train | before) & ~copies].tolist()), rows[copies].tolist())
+
+
+def trained_rows(dealt: pa.Table, data: ChatDataModule, split: str) -> list[int]:
+    """Rows of a split that were trained on, which ``allow_trained`` lets through unless nothing else is left.
+
+    Raises:
+        LabError: There are some; names the first ones.
+
+    """
+    trained, size = standing(dealt, data, split).trained, len(data.splits[split].rows)
+    if trained and not (data.hparams["allow_trained"] and len(trained) < size):
+        places = some(trained, data.rows.where)
+        raise LabError(
+            f"{len(trained):,} of the {size:,} {split} conversations were trained on: {places}; set data.source, "
+            "data.rows, data.split, data.split_seed and data.split_method as in training, evaluate another source, or "
+            "set data.allow_trained to true for figures of the others, or data.eval_split to train"
+        )
+    return trained
+
+
+def read_rows(beside: Path) -> pa.Table | None:
+    """The table beside a checkpoint or an adapter's folder; None where it is missing or damaged."""
+    try:
+        return pq.read_table(beside.expanduser().resolve().with_name(ROWS), schema=_SCHEMA)
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def write_rows(dealt: pa.Table, folder: Path) -> None:
+    """Write the table beside a run's checkpoints."""
+    buffer = io.BytesIO()
+    pq.write_table(dealt, buffer)
+    write_whole(folder / ROWS, buffer.getbuffer())
+
+
+def _contents(dealt: pa.Table, *splits: str) -> np.ndarray:
+    return dealt.filter(pc.is_in(dealt["split"], pa.array(splits)))["content"].to_numpy()
