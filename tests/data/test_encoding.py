@@ -499,7 +499,8 @@ def test_a_mask_of_a_last_answer_that_is_context_only_leaves_nothing(smollm2_tok
 
 STRIPS = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
 {%- if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}{%- else %}{{ m.content }}
-{%- endif %}{{ '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"""
+{%- endif %}{{ '<|im_end|>\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"""
 
 
 @pytest.mark.parametrize(("max_length", "learned"), [(None, [1, 3, 5]), (40, [1, 3])])
