@@ -217,9 +217,8 @@ def _encode(rows: Rows, encoder: ConversationEncoder, row_format: RowFormat, fir
 
 def _content(conversation: Conversation) -> int:
     """A hash of what is said; 8 bytes, so that two of a million differ in all but 1 of 10 million data sets."""
-    calls = ([call["function"] for call in message.tool_calls] for message in conversation.messages)
-    said = [(m.role, m.content.strip(), called) for m, called in zip(conversation.messages, calls, strict=True)]
-    text = json.dumps([said, conversation.tools], sort_keys=True)
+    said = [(m.role, m.content.strip(), [call["function"] for call in m.tool_calls]) for m in conversation.messages]
+    text = json.dumps([said, conversation.tools], sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 

@@ -102,6 +102,33 @@ def test_weights_are_kept_where_they_are_not_all_one(smollm2_tokenizer: Any, tmp
         assert len(set(data.row_hashes.tolist())) == 3
 
 
+def test_contents_are_the_same_in_any_format(smollm2_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "bare.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    bare = ConversationEncoder(smollm2_tokenizer, str(tmp_path / "bare.jinja"), max_length=3)
+    answer = {"role": "assistant", "content": "a longer answer"}
+    same = [
+        {"messages": [{"role": "user", "content": "q"}, answer]},
+        {"messages": [{"role": "user", "content": " q\n"}, {**answer, "weight": 0.5, "name": "Ada"}], "id": 7},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a longer answer"}]},
+        {"instruction": "q", "output": "a longer answer"},
+    ]
+    call = {"function": {"name": "look", "arguments": {"x": 1, "y": None}}}
+    other = [
+        {"messages": [{"role": "system", "content": "s"}, *same[0]["messages"]]},
+        {"messages": [{"role": "user", "content": "a longer answer"}, {**answer, "content": "q"}]},
+        {**same[0], "tools": [{"name": "look"}]},
+        {"messages": [same[0]["messages"][0], {**answer, "tool_calls": [call]}]},
+    ]
+    rows = as_rows([*same, *other, {"text": "no"}])
+    data = tokenize_rows(rows, bare, on_bad_row="drop", progress=False)
+    assert len(set(data.contents[:4].tolist())) == 1
+    assert len(set(data.contents.tolist())) == 1 + len(other) + 1
+    assert data.contents[-1] == 0
+    assert data.contents.dtype == np.uint64
+    whole = ConversationEncoder(smollm2_tokenizer)  # other template and length
+    assert tokenize_rows(rows, whole, on_bad_row="drop", progress=False).contents[:4].tolist() == [data.contents[0]] * 4
+
+
 def test_the_earliest_bad_row_is_named_whatever_comes_after(encoder: ConversationEncoder) -> None:
     rows = as_rows([*GOOD[:300], {"text": "no"}, *GOOD[:300], {"other": "no"}])
     thresholds = gc.get_threshold()
