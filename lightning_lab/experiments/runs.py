@@ -41,7 +41,7 @@ class Run:
         trainable_parameters: Of the adapters.
         metrics: The rows of ``metrics.csv``.
         evaluations: ``test.json``, ``validation.json``, ``test-base.json`` and so on, by the name before ``.json``;
-            those of other data than the run's own, such as ``test@faq``, come last.
+            those of other data than the run's own are such as ``test@faq``.
         step: The last that is recorded; 0 before the first.
         state: ``empty`` (nothing recorded), ``running``, ``stopped`` (crashed, killed or interrupted) or ``finished``.
         described_state: In words, with how far the run is.
@@ -77,9 +77,8 @@ class Run:
             what = "lacks the columns step, train_loss and val_loss" if damaged[0] == 1 else row
             raise LabError(f"{path / METRICS} line {damaged[0]}: {what}; {DAMAGED}")
         names = [f"{split}{base}" for split in ("train", "validation", "test") for base in ("", "-base")]
-        found = [path / f"{name}.json" for name in names if (path / f"{name}.json").is_file()]
-        found += sorted(file for name in names for file in path.glob(f"{name}@*.json"))
-        self.evaluations = {file.stem: _evaluation(file) for file in found}
+        found = [file for file in sorted(path.glob("*.json")) if file.stem.partition("@")[0] in names]
+        self.evaluations = {file.stem: _evaluation(file) for file in found if file.is_file()}
         recorded = bool(self.config or self.environment or self.metrics or self.evaluations)
         own = {rundir.LOCK, rundir.CHECKPOINTS, "tensorboard", *REPORT_FILES}
         if not recorded and any(entry.name not in own and entry.suffix != ".tmp" for entry in path.iterdir()):

@@ -76,10 +76,10 @@ def _other_data(runs: Sequence[Run]) -> list[Block]:
     rows = []
     for run, kind, at, source, own in named:
         loss, perplexity = (own[f"{kind.removesuffix('-base')}_{figure}"] for figure in ("loss", "perplexity"))
-        trained = own.get("trained")
-        left_out = trained.get("conversations") if isinstance(trained, dict) else 0
-        counts = _value(own.get("conversations")), _value(left_out)
         if at:
+            trained = own.get("trained")
+            left_out = trained.get("conversations") if isinstance(trained, dict) else 0
+            counts = _value(own.get("conversations")), _value(left_out)
             rows.append((source, run, kind, f"{loss:.6f}", f"{perplexity:.3f}", *counts))
     columns = ("source", "run", "split", "loss", "perplexity", "conversations", "trained on, left out")
     return ["## Evaluated on other data", Table(columns, sorted(rows), columns[:3])] if rows else []

@@ -136,8 +136,10 @@ def check_data(known: Mapping[str, Any] | None, data: ChatDataModule | None) -> 
         LabError: Names the rows that have changed.
 
     """
-    if data and known and known["fingerprint"] != data.tokenized.fingerprint:
-        changes = changed_rows(known["row_hashes"].tolist(), data.tokenized.row_hashes.tolist())
+    if data is None or not known or known["fingerprint"] == data.tokenized.fingerprint:
+        return
+    # a fingerprint is also another one where nothing but the cache's format has changed
+    if changes := changed_rows(known["row_hashes"].tolist(), data.tokenized.row_hashes.tolist()):
         raise LabError(f"the data is not what the run was trained on: {data.rows.name}: {changes}")
 
 

@@ -19,7 +19,7 @@ from lightning_lab.data import datamodule
 from lightning_lab.data.sources import load_rows
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.report import main as report
-from lightning_lab.training import held_out
+from lightning_lab.training import held_out, resume
 
 LAST = "run/checkpoints/last.ckpt"
 REFUSED = r" of the \d+ test conversations were trained on: "
@@ -225,6 +225,9 @@ def test_what_an_earlier_run_was_trained_on(
         held_out.trained_rows(dealt, other, "test")
     counts = Counter(dealt["split"].to_pylist())
     assert counts == {"train": 400, "validation": 50, "test": 50, "trained_before": len(before - train)}
+    identity = resume.data_identity(same)
+    assert identity
+    resume.check_data({**identity, "fingerprint": "of another format"}, same)
     # the same rows once more add nothing
     assert held_out.deal_rows(same, module.dealt).equals(module.dealt)
 

@@ -118,11 +118,13 @@ def results_table(run_dir: Path) -> Table:
                     f"{record['conversations']:,}",
                     f"{record['supervised_tokens']:,}",
                 )
-                beside = [("trained on", *record["trained"].values())] if "trained" in record else []
-                if "copies" in record:
-                    left = record["conversations"] - record["copies"]
-                    beside.append(("without copies", left, record[f"{split}_loss_without_copies"]))
-                more = [(f"{name}, {what}", model, f"{x:.4f}", NONE, NONE, f"{n:,}", NONE) for what, n, x in beside]
+                beside = []
+                if trained := record.get("trained"):
+                    beside.append(("trained on", trained["loss"], trained["conversations"]))
+                if copies := record.get("copies"):
+                    left = record["conversations"] - copies
+                    beside.append(("without copies", record[f"{split}_loss_without_copies"], left))
+                more = [(f"{name}, {what}", model, f"{x:.4f}", NONE, NONE, f"{n:,}", NONE) for what, x, n in beside]
             except (KeyError, TypeError, ValueError):  # not there, or damaged: the next evaluation writes it anew
                 continue
             rows += [(name, model, *figures), *more]
