@@ -23,7 +23,7 @@ def test_a_run_without_a_validation_split(tiny_args: list[str], capsys: pytest.C
     assert "no validation split: there will be no best checkpoint, last.ckpt remains" in said
     assert said.count("rows of") == 1
     run = Path("runs/none")
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "rows.parquet"}
     assert [row["step"] for row in metrics(run)] == ["1", "2"]
     losses = [float(row["train_loss"]) for row in metrics(run)]
     assert f"| 2 | {sum(losses) / 2:.4f} |" in (run / "losses.md").read_text()

@@ -108,9 +108,11 @@ def test_the_labs_grid(tmp_path: Path) -> None:
 
     from lightning_lab.configs_lookup import configs_dir
     from lightning_lab.experiments.points import SweepSettings, grid_points
+    from lightning_lab.files import flatten
 
-    points = grid_points(SweepSettings(**yaml.safe_load((configs_dir() / "lab_grid.yaml").read_text())["sweep"]))
+    grid = yaml.safe_load((configs_dir() / "lab_grid.yaml").read_text())
+    points = grid_points(SweepSettings(**grid.pop("sweep")))
     for point in points:
-        alone = yaml.safe_load((configs_dir() / f"{point.name}.yaml").read_text())["model"]
-        assert point.settings == {f"model.{key}": value for key, value in alone.items()}
+        alone = yaml.safe_load((configs_dir() / f"{point.name}.yaml").read_text())
+        assert flatten(grid) | point.settings == flatten(alone)
     assert len(points) == 4
