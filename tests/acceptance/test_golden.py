@@ -73,7 +73,7 @@ def numbers(value: Any) -> list[float]:
     return [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", str(value))]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*list(RUNS)[:2], pytest.param(list(RUNS)[2], marks=pytest.mark.slow)])
 def test_golden_runs(name: str, tiny_args: list[str], tmp_path: Path, pytestconfig: pytest.Config) -> None:
     found = results(tmp_path, tiny_args, RUNS[name])
     kept = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
