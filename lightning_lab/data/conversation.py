@@ -164,16 +164,18 @@ def _parse(row: Mapping[str, Any] | RowError, row_format: RowFormat) -> Conversa
             raise RowError(f"'{key}' is empty")
         found = ", ".join(sorted(map(str, row))) or "none"
         raise RowError(f"no 'conversations', 'messages', 'prompt' or 'instruction' in the row (keys found: {found})")
-    turns.refuse_unknown(row, _PAIR_KEYS if paired else _ROW_KEYS, "the row")
+    turns.refuse_unknown(row, {*(_PAIR_KEYS if paired else _ROW_KEYS), "name"}, "the row")  # which names the row
     messages = forms[0]
     if len(forms) > 1 and not {message[:2] for message in forms[-1]} <= {message[:2] for message in messages}:
         # Sets of turns may repeat the first question in a column of its own, which says nothing new.
         raise RowError("its columns hold different conversations; name those to leave out in data.ignore")
     if system := turns.one_of(row, _SYSTEM, "the row"):
         leading = Message("system", turns.checked_text(system, "'system'"))
-        if messages[0].role != "system":
+        if messages[0].role == "system" and not messages[0].content.strip():
+            del messages[0]
+        if not messages or messages[0].role != "system":
             messages.insert(0, leading)
-        elif messages[0] != leading:
+        elif messages[0].content != leading.content:
             raise RowError("'system' differs from the system message in turn 1; keep one of them")
     for number, message in enumerate(messages[1:], start=2):
         if message.role == "system":
@@ -197,7 +199,8 @@ def _renamed(row: Mapping[str, Any], row_format: RowFormat) -> dict[str, Any]:
 def _parse_pair(row: Mapping[str, Any], row_format: RowFormat) -> list[Message]:
     """Read a question and its answer, each in a column of its own, and the pairs before them."""
     messages = []
-    for pair in row.get("history") or []:
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list | tuple) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError("'history' must be a list of [question, answer] pairs")
         asked, answered = (turns.checked_text(text, "a text of 'history'") for text in pair)

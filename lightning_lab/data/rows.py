@@ -79,7 +79,10 @@ class Rows(Sequence[Any]):
 
 
 class _ArrowRow(Mapping[str, Any]):
-    """A table's only row; a cell is converted when it is asked for, so that a column nobody uses may hold anything."""
+    """A table's only row; a cell is converted when it is asked for, so that a column nobody uses may hold anything.
+
+    Null fields of objects are left out: a table has every field in every row.
+    """
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
@@ -87,7 +90,7 @@ class _ArrowRow(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         cell = self._table[key][0]
         try:
-            return cell.as_py()
+            return _without_nulls(cell.as_py())
         except (ValueError, OverflowError) as error:
             raise RowError(f"the cell of column {key!r}, of type {cell.type}, does not convert ({error})") from None
 
@@ -96,3 +99,9 @@ class _ArrowRow(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return self._table.num_columns
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value

@@ -162,6 +162,10 @@ class ChatTemplate:
             start, end = whole.spans[-1]
             prompt = self.render(conversation._replace(messages=messages[:i]), True) if i else Rendered("", (), (), ())
             begins = len(prompt.text) if i else start
+            if self.control_pattern.search(whole.text, begins, start) and prompt == self.render(
+                conversation._replace(messages=messages[:i])
+            ):
+                raise RowError("it writes a header before an answer, but no generation prompt")
             if not whole.text.startswith(prompt.text):  # the answer follows what the model is given, then as in use
                 shift = begins - start
                 answer = tuple((a + shift, b + shift) for a, b in whole.contents if a >= start)
@@ -206,8 +210,11 @@ class ChatTemplate:
         for i, (start, end, after) in answers.items():
             closing = after.find(self.end_of_turn)
             if i in rich:  # such an answer begins with what the template writes after the header
-                prompt = self._apply(conversation._replace(messages=messages[:i]), True)
-                if not text.startswith(prompt) or closing < 0 or (messages[i].tool_calls and not self.end_of_turn):
+                before = conversation._replace(messages=messages[:i])
+                prompt = self._apply(before, True)
+                header = prompt == self._apply(before, False) and self.control_pattern.search(text, len(prompt), start)
+                unclosed = closing < 0 or (messages[i].tool_calls and not self.end_of_turn)
+                if header or unclosed or not text.startswith(prompt):
                     raise RowError(f"the chat template does not begin and end turn {i + 1} as it does other answers")
                 start = len(prompt)
             if i in rich or closing == 0:

@@ -165,7 +165,7 @@ def _weight(turn: Mapping[str, Any], role: Role, where: str) -> float:
     for name in filled(turn, _FLAGS):
         try:
             weight = float({"true": 1, "false": 0}.get(str(turn[name]).strip().lower(), turn[name]))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # the last: an integer of 400 digits
             weight = math.nan
         if not 0 <= weight < math.inf or (name != "weight" and weight not in (0, 1)):
             allowed = "a number of at least 0" if name == "weight" else "true or false"
@@ -202,18 +202,12 @@ def _calls(turn: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
 
 
 def objects(value: Any, what: str) -> tuple[dict[str, Any], ...]:
-    """Check a list of objects, or its JSON text; null fields, which tables fill in, are left out."""
+    """Check a list of objects, or its JSON text."""
     value = from_json(value, f"{what} must be a list of objects, found text that") if isinstance(value, str) else value
     if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
         raise RowError(f"{what} must be a list of objects or its JSON text")
     checked_text(json.dumps(value, ensure_ascii=False, default=str), what)
-    return tuple(map(_without_nulls, value))
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return list(map(_without_nulls, value)) if isinstance(value, list) else value
+    return tuple(value)
 
 
 def from_json(text: str, what: str) -> Any:

@@ -154,7 +154,7 @@ def read_adapter(source: str, settings: Any) -> tuple[dict[str, Tensor], str]:
     except (SafetensorError, OSError) as error:
         raise LabError(f"model.adapter: {weights} cannot be read ({error})") from None
     targets = {name.split(".")[-3] for name in state if ".lora_A." in name}
-    made = {"target_modules": sorted(targets), **{key: config.get(name) for key, name in _LORA_KEYS.items()}}
+    made = {"target_modules": sorted(targets), **{key: config.get(name) or False for key, name in _LORA_KEYS.items()}}
     wanted = {**settings, "target_modules": sorted(settings["target_modules"])}
     different = [f"model.{key} is {wanted[key]}, its own is {was}" for key, was in made.items() if was != wanted[key]]
     different += [f"it has {key} {config[key]}" for key in _UNUSUAL if config.get(key) not in _USUAL_VALUES]

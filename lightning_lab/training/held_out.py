@@ -25,7 +25,7 @@ from lightning_lab.rundir import ROWS
 
 BEFORE = "trained_before"
 _SCHEMA = pa.schema({"split": pa.string(), "row": pa.int64(), "content": pa.uint64()})
-UNKNOWN = f"warning: there is no {ROWS} beside the checkpoint or adapter: what it was trained on is not known"
+UNKNOWN = f"warning: what the model was trained on is not known: no ckpt_path is given, or no {ROWS} stands beside it"
 
 
 class Standing(NamedTuple):

@@ -137,10 +137,10 @@ class Lifecycle(pl.LightningModule):
         """
         self.trained_rows, data, stage = [], self.chat_data, self.trainer.state.fn
         answers_others = stage == "predict" and data and data.predict_source
-        if stage == "fit" or data is None or self.evaluate_base or answers_others:
+        if stage is None or stage == "fit" or data is None or self.evaluate_base or answers_others:
             return
         if self.dealt is not None:
-            self.trained_rows = held_out.trained_rows(self.dealt, data, data.split_for(str(stage)))
+            self.trained_rows = held_out.trained_rows(self.dealt, data, data.split_for(stage.value))
         elif self.completed_steps and self.trainer.is_global_zero:
             print(held_out.UNKNOWN, file=sys.stderr)
 

@@ -195,6 +195,16 @@ def test_a_generation_prompt_that_opens_the_thinking(opened: Any) -> None:
     ]
 
 
+def test_a_header_is_never_learned(opened: Any) -> None:
+    """Without a generation prompt nothing tells where such an answer begins."""
+    template = opened(CHATML)
+    (document,) = template.documents(Conversation(SAID))
+    assert [document.text[a:b] for a, b in document.spans] == ["b.<|im_end|>"]
+    with pytest.raises(RowError, match="does not begin and end turn 2"):
+        template.documents(Conversation((SAID[0], SAID[1]._replace(name="bot"))))
+
+
 def test_what_cannot_be_served_is_refused_when_the_template_is_opened(opened: Any) -> None:
+    asked = "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
     with pytest.raises(LabError, match=r"chat\.jinja cannot be used: .* does not write turn 1 \(user\)"):
-        opened(CHATML.replace("in messages", "in messages[-2:]"))
+        opened(CHATML.replace("in messages", "in messages[-2:]") + asked)

@@ -397,3 +397,12 @@ class TestHubParts:
     def test_files_have_neither(self) -> None:
         with pytest.raises(LabError, match=r"^data\.source_config is for data sets of the Hub"):
             load_rows("embedded", config="pair")
+
+
+def test_null_fields_of_a_table_are_left_out(tmp_path: Path) -> None:
+    """A table has every field in every row; a `null` that JSON spells out is the author's."""
+    rows = [{"calls": [{"a": 1}]}, {"calls": [{"b": 2}]}]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [row["calls"] for row in load_rows(str(tmp_path / "a.parquet"))] == [[{"a": 1}], [{"b": 2}]]
+    (tmp_path / "a.jsonl").write_text('{"calls": [{"a": 1, "b": null}]}\n')
+    assert load_rows(str(tmp_path / "a.jsonl"))[0]["calls"] == [{"a": 1, "b": None}]

@@ -72,6 +72,34 @@ def test_columns_by_other_names() -> None:
         RowFormat(columns={"question": "prompt"})
 
 
+def test_a_row_may_have_a_name_and_an_empty_system_turn_beside_its_system() -> None:
+    said = [{"role": "system", "content": " "}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    found = parse_conversation({"name": "first", "system": "Be brief.", "messages": said})
+    assert [message.content for message in found.messages] == ["Be brief.", "a", "b"]
+
+
+def test_a_null_argument_is_said() -> None:
+    for arguments in ({"x": None, "y": 1}, '{"x": null, "y": 1}'):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}
+        (_, message) = parse_conversation({"messages": [{"role": "user", "content": "a"}, call]}).messages
+        assert message.tool_calls[0]["function"]["arguments"] == {"x": None, "y": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "a", "output": "b", "history": 3}, "'history' must be a list of"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 10**400}]},
+            "must be a number",
+        ),
+    ],
+)
+def test_cells_of_a_wrong_kind(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        parse_conversation(row)
+
+
 def test_history_comes_first() -> None:
     row = {
         "instruction": "Its size?",
@@ -171,7 +199,7 @@ def test_the_user_may_know_better() -> None:
         {"content": None, "function_call": {"name": "get_rate", "arguments": '{"pair": "EURSEK"}'}},
         {
             "content": None,
-            "tool_calls": json.dumps([{"name": "get_rate", "arguments": {"pair": "EURSEK", "date": None}}]),
+            "tool_calls": json.dumps([{"name": "get_rate", "arguments": {"pair": "EURSEK"}}]),
         },
     ],
 )

@@ -238,7 +238,7 @@ def test_where_nothing_is_recorded(module: QLoRAModule, data: Any, capsys: pytes
     Path("elsewhere/rows.parquet").write_bytes(b"PAR1 damaged")
     for path in ("elsewhere/last.ckpt", None):
         evaluate(module, data("chats.jsonl", eval_split="validation"), path, limit_test_batches=1)
-        assert "warning: there is no rows.parquet" in capsys.readouterr().err
+        assert "warning: what the model was trained on is not known" in capsys.readouterr().err
     # the command line names the checkpoint first: it is held against the data before the base is loaded
     fresh = QLoRAModule(**module.hparams)
     fresh.checkpoint = LAST
@@ -247,3 +247,10 @@ def test_where_nothing_is_recorded(module: QLoRAModule, data: Any, capsys: pytes
     assert fresh.model is None
     with pytest.raises(LabError, match=r"data\.split_seed is 1, was 3407"):
         evaluate(module, data("chats.jsonl", split_seed=1), "elsewhere/last.ckpt")
+
+
+def test_validate_looks_at_the_validation_split(module: QLoRAModule, data: Any, chats: list[Chat]) -> None:
+    source = write(Path("validated.jsonl"), chats)
+    everything = data(source, split=[0, 500, 0])
+    with pytest.raises(LabError, match=r"of the 500 validation conversations were trained on: "):
+        trainer().validate(module, everything, ckpt_path=LAST, weights_only=True, verbose=False)

@@ -95,8 +95,12 @@ class Results(pl.Callback):
         source = re.sub(r"[^\w-]+", "-", Path(str(record.get("source"))).stem).strip("-")[:LONGEST_SOURCE]
         numbered = (f"{name}@{source}-{number}" for number in count(2))
         names = chain([name] * may_be_own, [f"{name}@{source}"], numbered)
-        replaceable = (None, record.get("contents"))
-        return next(n for n in names if files.read_json(self.run_dir / f"{n}.json").get("contents") in replaceable)
+        for free in names:
+            there = files.read_json(self.run_dir / f"{free}.json")
+            key = "contents" if "contents" in there else "data_fingerprint"  # results of 0.1 have the latter alone
+            if not there or there.get(key) == record.get(key):
+                break
+        return free
 
     on_test_end = on_validation_end  # type: ignore[assignment]
 
