@@ -23,6 +23,7 @@ def write(name: str, text: str = "val_every_steps: 3\n") -> Path:
 
 def test_the_packaged_configs_are_those_of_the_design() -> None:
     named = {"baseline", "lr1e-4_r16", "lr3e-4_r16", "lr3e-4_r32", "llama-3.2-3b", "embedded", "chitchat"}
+    named.add("lab_faithful")
     assert {f"{name}.yaml" for name in named} <= set(packaged_configs())
     assert DEFAULTS not in packaged_configs()
     assert (configs_dir() / DEFAULTS).is_file()

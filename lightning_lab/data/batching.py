@@ -249,7 +249,7 @@ class StepBatch(NamedTuple):
         rows: Source rows of all conversations in the step, in visiting order.
         tokens: Real tokens of the step.
         supervised_tokens: Supervised tokens of the step.
-        weight: The sum of their weights, by which the loss and its gradient are divided; None where each has 1.
+        weight: The sum of their weights, by which the loss and its gradient are divided; None for their number.
 
     """
 

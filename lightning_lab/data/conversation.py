@@ -26,6 +26,8 @@ _QUESTIONS, _INPUTS, _ANSWERS = ("prompt", "instruction"), ("input", "context"),
 _SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools", "functions")
 _ROW_KEYS = {*_TURNS, *_SYSTEM, *_TOOLS}
 _PAIR_KEYS = {*_ROW_KEYS, *_QUESTIONS, *_INPUTS, *_ANSWERS, "history"}
+# By whether there is a question in a column of its own. The name of a row is harmless, that of a turn is not.
+_KNOWN_KEYS = {True: {*_PAIR_KEYS, "name"}, False: {*_ROW_KEYS, "name"}}
 
 
 class Conversation(NamedTuple):
@@ -164,7 +166,7 @@ def _parse(row: Mapping[str, Any] | RowError, row_format: RowFormat) -> Conversa
             raise RowError(f"'{key}' is empty")
         found = ", ".join(sorted(map(str, row))) or "none"
         raise RowError(f"no 'conversations', 'messages', 'prompt' or 'instruction' in the row (keys found: {found})")
-    turns.refuse_unknown(row, {*(_PAIR_KEYS if paired else _ROW_KEYS), "name"}, "the row")  # which names the row
+    turns.refuse_unknown(row, _KNOWN_KEYS[paired], "the row")
     messages = forms[0]
     if len(forms) > 1 and not {message[:2] for message in forms[-1]} <= {message[:2] for message in messages}:
         # Sets of turns may repeat the first question in a column of its own, which says nothing new.

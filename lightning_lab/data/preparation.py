@@ -10,6 +10,7 @@ from lightning_lab.data.rows import Rows
 from lightning_lab.data.sources import load_rows
 from lightning_lab.data.summary import check_dropped
 from lightning_lab.data.tokenized import TokenizedRows, tokenize_rows
+from lightning_lab.errors import LabError
 
 
 def prepare_rows(
@@ -29,6 +30,9 @@ def prepare_rows(
         LabError: As `ChatDataModule.prepare`.
 
     """
+    group, size = options["micro_mean"], options["batch_size"]
+    if group and group > size:
+        raise LabError(f"data.micro_mean {group} is more than data.batch_size {size}; lower it")
     commit, config, unread = options["revision"], options["source_config"], row_format.unread
     rows = load_rows(options["source"], options["rows"], commit, config, options["source_split"], unread)
     sources = {"validation": options["validation_source"], "test": options["test_source"]}

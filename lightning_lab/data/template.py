@@ -212,7 +212,7 @@ class ChatTemplate:
             if i in rich:  # such an answer begins with what the template writes after the header
                 before = conversation._replace(messages=messages[:i])
                 prompt = self._apply(before, True)
-                header = prompt == self._apply(before, False) and self.control_pattern.search(text, len(prompt), start)
+                header = self.control_pattern.search(text, len(prompt), start) and prompt == self._apply(before, False)
                 unclosed = closing < 0 or (messages[i].tool_calls and not self.end_of_turn)
                 if header or unclosed or not text.startswith(prompt):
                     raise RowError(f"the chat template does not begin and end turn {i + 1} as it does other answers")

@@ -79,12 +79,13 @@ class TokenizedRows:
         self._masks = np.split(pc.list_flatten(table["supervised"]).to_numpy(), ends)
         self._starts = _filled(table["starts"])
         self._weights = _filled(table["weights"])
-        self.supervised = np.array(
-            [np.count_nonzero(mask[1:]) - mask[self._starts.get(i, [])].sum() for i, mask in enumerate(self._masks)]
-        )
+        self.supervised = np.array([np.count_nonzero(mask[1:]) for mask in self._masks])
+        for i, starts in self._starts.items():
+            self.supervised[i] -= np.count_nonzero(self._masks[i][starts])
         self.weight = self.supervised.astype(np.float64)
         for i, weights in self._weights.items():
-            self.weight[i] = weights[1:].sum(dtype=np.float64) - weights[self._starts.get(i, [])].sum(dtype=np.float64)
+            first = [0, *self._starts.get(i, ())]
+            self.weight[i] = np.delete(weights, first).sum(dtype=np.float64)
         self.dropped = {i: reason for i, reason in enumerate(table["reason"].to_pylist()) if reason is not None}
         self.truncated = np.flatnonzero(table["truncated"].to_numpy()).tolist()
         self.contents = pc.fill_null(table["content"], 0).to_numpy()

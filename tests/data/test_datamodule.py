@@ -108,6 +108,10 @@ class TestSettings:
         with pytest.raises(LabError, match=rf"^data\.{key} is [^ ]+; it must be between "):
             ChatDataModule(**{key: value})
 
+    def test_a_mean_over_more_than_a_step_is_refused(self) -> None:
+        with pytest.raises(LabError, match=r"^data\.micro_mean 9 is more than data\.batch_size 8; lower it$"):
+            ChatDataModule("embedded", micro_mean=9, tokenizer="embedded", template="tokenizer").prepare(progress=False)
+
     def test_every_number_has_a_range(self) -> None:
         hints = typing.get_type_hints(ChatDataModule.__init__)
         numeric = {key for key, hint in hints.items() if {"int", "float"} & set(re.findall(r"\w+", str(hint)))}
