@@ -1,6 +1,7 @@
 """Entry: ``python -m lightning_lab COMMAND ...``; one line and status 2 for anything the user can put right."""
 
 import errno
+import gc
 import logging
 import os
 import sys
@@ -80,12 +81,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(command: str, argv: list[str]) -> int:
     """Run a command; say in one line what the user can put right."""
+    first = "lightning_lab.cli" not in sys.modules
+    if first:  # what is imported stays: to search it for cycles again and again takes a quarter of the imports' time
+        gc.disable()
     import torch
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightning_lab.cli import run
 
+    if first:
+        gc.freeze()
+        gc.enable()
     _quieten()  # not earlier: the libraries set their own levels when they are imported
     try:
         return run(command, argv)
