@@ -79,21 +79,10 @@ class RowTooLongError(RowError):
     """A row longer than ``max_length`` under truncation ``drop`` or ``error``."""
 
 
-class _Piece(NamedTuple):
-    """A stretch of a rendered text that is tokenised by itself.
-
-    Attributes:
-        content: What to tokenise, or the id of the control token that it is.
-        skip: Tokens at its start that are not part of the text.
-        span: Number of the answer that it belongs to; None outside answers.
-
-    """
-
-    content: str | int
-    skip: int
-    span: int | None
-
-
+# A stretch of a rendered text that is tokenised by itself: what to tokenise, or the id of the control token that it is;
+# tokens at its start that are not part of the text; number of the answer that it belongs to, None outside answers. Plain
+# tuples, as there are five to a turn.
+_Piece = tuple[str | int, int, int | None]
 _Tokens = tuple[list[int], int | None]  # of a piece, and its span
 
 
@@ -191,7 +180,7 @@ class ConversationEncoder:
         """The pieces that most likely hold ``max_length`` tokens; all of them where nothing is cut there."""
         if self.max_length is None or self.truncation != "tokens":
             return pieces
-        ends = list(accumulate(len(piece.content) if isinstance(piece.content, str) else 1 for piece in pieces))
+        ends = list(accumulate(1 if isinstance(content, int) else len(content) for content, _, _ in pieces))
         enough = bisect_right(ends, CHARACTERS_A_TOKEN * self.max_length) + 1
         return pieces[:enough] if enough < len(pieces) else pieces
 
@@ -226,22 +215,27 @@ class ConversationEncoder:
         cuts = sorted({*edges, *token_ends, *token_ends.values()})
 
         pieces: list[_Piece] = []
+        control_ids, adds_space = self.template.control_ids, self._adds_space
         end = number = 0
+        after_token = None  # whether the piece before is a control token
         for start, next_cut in pairwise(cuts):
             if start < end:  # inside a control token that takes in the whitespace after it
                 continue
-            end = token_ends.get(start, next_cut)
             while number < len(spans) and spans[number][1] <= start:
                 number += 1
             span = number if number < len(spans) and spans[number][0] <= start else None
-            part, skip = text[start:end], 0
             if start in token_ends:
-                token = part if part in self.template.control_ids else part.strip()
-                pieces.append(_Piece(self.template.control_ids[token], 0, span))
+                end = token_ends[start]
+                token = text[start:end]
+                pieces.append((control_ids[token if token in control_ids else token.strip()], 0, span))
+                after_token = True
                 continue
-            if pieces and self._adds_space[isinstance(pieces[-1].content, int)]:
-                part, skip = f"\n{part}", self._newline  # which takes the space that belongs to a text's start
-            pieces.append(_Piece(part, skip, span))
+            end = next_cut
+            if after_token is not None and adds_space[after_token]:  # a newline takes the space of a text's start
+                pieces.append((f"\n{text[start:end]}", self._newline, span))
+            else:
+                pieces.append((text[start:end], 0, span))
+            after_token = False
         return pieces
 
     def _probe_prefix(self) -> None:
@@ -258,14 +252,12 @@ class ConversationEncoder:
 
     def _tokenize(self, texts: Sequence[list[_Piece]]) -> list[list[_Tokens]]:
         """Tokenise each distinct piece of plain text."""
-        contents = {piece.content: None for pieces in texts for piece in pieces if isinstance(piece.content, str)}
+        contents = {c: None for pieces in texts for c, _, _ in pieces if isinstance(c, str)}
         self._backend.encode_special_tokens = True  # as plain text: `_pieces` places the tokens that count
         encodings = self._backend.encode_batch_fast(list(contents), add_special_tokens=False)
-        ids_of = {content: encoding.ids for content, encoding in zip(contents, encodings, strict=True)}
-        return [
-            [([c] if isinstance(c, int) else ids_of[c][skip:] if skip else ids_of[c], span) for c, skip, span in pieces]
-            for pieces in texts
-        ]
+        ids_of: dict[str | int, list[int]] = {i: [i] for i in self.template.control_ids.values()}
+        ids_of |= {content: encoding.ids for content, encoding in zip(contents, encodings, strict=True)}
+        return [[(ids_of[c][skip:] if skip else ids_of[c], span) for c, skip, span in pieces] for pieces in texts]
 
     def _assemble(self, pieces: list[_Tokens], answer_weights: Sequence[float]) -> Encoded:
         """Lay ids, mask and weights side by side, and truncate them."""
