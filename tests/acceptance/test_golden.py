@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.acceptance.conftest import adapter, arguments, metrics, start
+from tests.acceptance.conftest import adapter, arguments, lab, metrics, start
 
 GOLDEN = Path(__file__).parent / "golden.json"
 RUNS = {
@@ -35,6 +35,10 @@ def machine() -> str:
 
 
 def run(folder: Path, *args: str) -> None:
+    if torch.get_num_threads() == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            return lab(*args)
     process = start(*args, cwd=folder, threads=1)
     error = process.communicate(timeout=300)[1]
     assert process.returncode == 0, error
