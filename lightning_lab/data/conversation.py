@@ -1,7 +1,5 @@
 """One row of a chat data set -> a checked `Conversation`, and its last answer."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -16,7 +14,6 @@ __all__ = [
     "Prompt",
     "RowError",
     "RowFormat",
-    "hashed",
     "or_error",
     "parse_conversation",
     "parse_prompt",
@@ -148,13 +145,6 @@ def unread_keys(row: Mapping[str, Any], row_format: RowFormat) -> set[str]:
     """Filled keys of a row and of its turns that are left out: the harmless and the ignored ones."""
     said = [turn for key in _TURNS if isinstance(row.get(key), list) for turn in row[key]]
     return {key for part in (row, *said) for key in turns.filled(part, part.keys() & HARMLESS.union(row_format.ignore))}
-
-
-def hashed(said: Any) -> int:
-    """A hash of what can be JSON; 8 bytes, so that two of a million differ in all but 1 of 10 million data sets."""
-    return int.from_bytes(
-        hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=8).digest()
-    )
 
 
 def _parse(row: Mapping[str, Any] | RowError, row_format: RowFormat) -> Conversation:

@@ -18,16 +18,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lightning_lab.data.cache import read_cached, write_cached
-from lightning_lab.data.conversation import (
-    Conversation,
-    Prompt,
-    RowError,
-    RowFormat,
-    hashed,
-    or_error,
-    parse_conversation,
-)
+from lightning_lab.data.conversation import Conversation, Prompt, RowError, RowFormat, or_error, parse_conversation
 from lightning_lab.data.rows import Rows
+from lightning_lab.data.tokenized import hashed
 from lightning_lab.hub import cache_dir
 
 NEAR = 0.5  # Jaccard index of their shingles from which two conversations are near-duplicates
@@ -43,14 +36,9 @@ _FORMAT = 1
 # A character of a script without spaces is a word.
 _WORD = re.compile(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+")
 _FACTORS = np.random.default_rng(0).integers(2**64, size=SHINGLE, dtype=np.uint64) | np.uint64(1)
-_SCHEMA = pa.schema(
-    {
-        "first": pa.uint64(),
-        "question": pa.uint64(),
-        "answer": pa.uint64(),
-        "near": pa.list_(pa.int64()),  # rows after this one
-        "crowded": pa.bool_(),
-    }
+_HASHES = ("first", "question", "answer")
+_SCHEMA = pa.schema(  # `near` has rows after this one alone
+    {**dict.fromkeys(_HASHES, pa.uint64()), "near": pa.list_(pa.int64()), "crowded": pa.bool_()}
 )
 
 
@@ -110,9 +98,9 @@ def _matches(key: np.ndarray, unlike: np.ndarray, rows: np.ndarray, others: np.n
         places[of_key].setdefault(of_unlike, other)
     found = {}
     for of_key, of_unlike, row in zip(key[rows].tolist(), unlike[rows].tolist(), rows.tolist(), strict=True):
-        for other in (other for differs, other in places.get(of_key, {}).items() if of_key and differs != of_unlike):
+        other = next((other for told, other in places[of_key].items() if told != of_unlike), None)
+        if of_key and other is not None:
             found[row] = other
-            break
     return found
 
 
@@ -142,10 +130,9 @@ def find_duplicates(rows: Rows, row_format: RowFormat, progress: bool = True) ->
             print(f"warning: cannot write {path}: {error.strerror or error}", file=sys.stderr)
     later = np.repeat(np.arange(len(table)), pc.list_value_length(table["near"]).to_numpy())
     pairs = np.column_stack([later, pc.list_flatten(table["near"]).to_numpy()])
-    first, question, answer, crowded = (table[name].to_numpy() for name in ("first", "question", "answer", "crowded"))
+    first, question, answer, crowded = (table[name].to_numpy() for name in (*_HASHES, "crowded"))
     if progress and crowded.any():
-        what = f"{np.count_nonzero(crowded):,} conversations share a text with more than {CROWD} others"
-        print(f"{what}; each is compared with some of them only", file=sys.stderr)
+        print(f"{crowded.sum():,} rows share a text with over {CROWD} others, compared with some only", file=sys.stderr)
     return Duplicates(first, question, answer, pairs, np.flatnonzero(crowded))
 
 
@@ -171,11 +158,8 @@ def _turns(conversation: Conversation) -> tuple[int, int, int]:
     first = next((_plain(m.content) for m in conversation.messages if m.role == "user"), "")
     prompt = Prompt.of(0, conversation)
     asked = prompt and [[(m.role, _plain(m.answer)) for m in prompt.conversation.messages], conversation.tools]
-    return (
-        hashed(first) if first else 0,
-        hashed(asked) if asked else 0,
-        hashed(_plain((prompt and prompt.reference) or "")),
-    )
+    answer = prompt and _plain(prompt.reference or "")
+    return hashed(first) if first else 0, hashed(asked) if asked else 0, hashed(answer)
 
 
 def _plain(text: str) -> str:

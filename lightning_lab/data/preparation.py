@@ -44,9 +44,7 @@ def prepare_rows(
             own[name] = load_rows(source, None, commit if same else None, config if same else None, name, unread)
     method = options["split_method"]
     if options["group_duplicates"] and method == "lab":
-        raise LabError(
-            "data.group_duplicates moves rows, but data.split_method lab has the lab's own; drop one of them"
-        )
+        raise LabError("data.group_duplicates moves rows, which data.split_method lab cannot; leave one of them out")
     sizes = split_sizes(options["split"], len(rows), rows.name, method, own)
     if progress and not encoder.template.end_of_turn:
         print(

@@ -66,11 +66,9 @@ def say_trained(dealt: pa.Table, data: ChatDataModule) -> None:
         trained, size = stands.trained, len(rows)
         first = data.duplicates.matches(data.tokenized.contents, rows, data.splits["train"].rows)["same_first_turn"]
         if stands.near_duplicates or first:
-            near = (
-                f"{len(stands.near_duplicates):,} of {size:,} {name} conversations are near-duplicates of training ones"
-            )
-            more = f"{len(stands.copies):,} of them copies; {len(first):,} share their first turn"
-            print(f"{near}, {more}: see preview --check", file=sys.stderr)
+            near, copies = len(stands.near_duplicates), len(stands.copies)
+            what = f"{near:,} of {size:,} {name} conversations are near-duplicates of training ones ({copies:,} copies)"
+            print(f"{what}, {len(first):,} share their first turn; see preview --check", file=sys.stderr)
         if trained:
             what = f"{len(trained):,} of {size:,} {name} conversations were trained on by the run before this one"
             print(f"warning: {what}; set data.split and its seed as they were", file=sys.stderr)
