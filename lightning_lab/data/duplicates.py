@@ -198,10 +198,11 @@ def _candidates(shingles: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     packed |= np.repeat(np.arange(len(shingles), dtype=np.uint32), sizes)
     packed.sort()
     key = packed >> bits
-    same = key[1:] == key[:-1]
-    shared = np.append(same, False) | np.append(False, same)
+    shared = np.zeros(len(key), dtype=bool)
+    shared[1:] = key[1:] == key[:-1]
+    shared[:-1] |= shared[1:]
     key, row = key[shared], (packed[shared] & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
-    del packed, same, shared
+    del packed, shared
     counts = np.unique(key, return_counts=True)[1]
     rarest = np.lexsort((key, np.repeat(counts, counts), row))
     shared_by_row = np.bincount(row, minlength=len(sizes))
