@@ -113,7 +113,7 @@ class LabCLI(LightningCLI):
             parser.add_class_arguments(SweepSettings, "sweep")
         if self.command == "preview":
             parser.add_argument("--json", action="store_true", help="One JSON object a conversation.")
-            parser.add_argument("--check", action="store_true", help="Count conversations that repeat others instead.")
+            parser.add_argument("--check", action="store_true", help="Count instead those that repeat others.")
             parser.add_argument("--limit", type=NonNegativeInt, default=3, help="How many conversations to show.")
         parser.add_class_arguments(RunSettings)
         skip: set[str | int] = {"run_dir", "name", "config", "command", "predictions"}
