@@ -301,8 +301,8 @@ def test_where_nothing_is_recorded(module: QLoRAModule, data: Any, capsys: pytes
     with pytest.raises(LabError, match=REFUSED):
         evaluate(fresh, data("chats.jsonl", split_seed=1))
     assert fresh.model is None
-    with pytest.raises(LabError, match=r"data\.split_seed is 1, was 3407"):
-        evaluate(module, data("chats.jsonl", split_seed=1), "elsewhere/last.ckpt")
+    with pytest.raises(LabError, match=r"data\.group_duplicates is True, was False; data\.split_seed is 1, was 3407"):
+        evaluate(module, data("chats.jsonl", split_seed=1, group_duplicates=True), "elsewhere/last.ckpt")
 
 
 def test_validate_looks_at_the_validation_split(module: QLoRAModule, data: Any, chats: list[Chat]) -> None:
