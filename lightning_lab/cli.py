@@ -113,6 +113,7 @@ class LabCLI(LightningCLI):
             parser.add_class_arguments(SweepSettings, "sweep")
         if self.command == "preview":
             parser.add_argument("--json", action="store_true", help="One JSON object a conversation.")
+            parser.add_argument("--check", action="store_true", help="Count instead those that repeat others.")
             parser.add_argument("--limit", type=NonNegativeInt, default=3, help="How many conversations to show.")
         parser.add_class_arguments(RunSettings)
         skip: set[str | int] = {"run_dir", "name", "config", "command", "predictions"}
@@ -276,13 +277,18 @@ def _refuse(settings: Any) -> None:
 
 
 def _preview(cli: LabCLI) -> None:
-    from lightning_lab.data.preview import preview
+    from lightning_lab.data.preview import check, preview
+    from lightning_lab.data.summary import print_summary
 
     data, settings = cli.datamodule, cli.settings
+    if settings.check:
+        data.prepare(progress=True)
+        print_summary(data)
+        return check(data, as_json=settings.json)
     settle_auto(cli.trainer, cli.model, data, training=True)
     data.prepare(progress=not settings.json)
     if settings.json:
-        data.print_summary()
+        print_summary(data)
     preview(data, limit=settings.limit, as_json=settings.json)
 
 

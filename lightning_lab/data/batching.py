@@ -43,7 +43,12 @@ class SplitData:
 
 
 def split_rows(
-    sizes: Sequence[int], rows: int, seed: int, dropped: Mapping[int, str], method: SplitMethod = "permutation"
+    sizes: Sequence[int],
+    rows: int,
+    seed: int,
+    dropped: Mapping[int, str],
+    method: SplitMethod = "permutation",
+    groups: np.ndarray | None = None,
 ) -> dict[str, SplitData]:
     """Deal ``rows`` source rows out to the three splits by ``numpy.random.default_rng(seed).permutation``.
 
@@ -56,6 +61,8 @@ def split_rows(
         dropped: Source rows that are dropped -> reason.
         method: ``permutation`` deals it out in that order. ``lab`` splits as ``datasets`` does twice with one seed:
             what is held out comes first in the permutation, and is permuted again; the test split comes first in that.
+        groups: int [rows], the group of each row. A group goes whole, where the permutation has its first row, to the
+            first split that has room for it, or to the one with the most; so sizes may differ from those asked for.
 
     """
     order = np.random.default_rng(seed).permutation(rows)
@@ -64,6 +71,15 @@ def split_rows(
         held_out, rest = np.split(order, [validation + test])
         held_out = held_out[np.random.default_rng(seed).permutation(len(held_out))]
         order = np.concatenate([rest[:train], held_out[test:], held_out[:test]])
+    if groups is not None:
+        room = [*sizes, rows - sum(sizes)]  # the last are in no split
+        members, part_of = np.bincount(groups).tolist(), {}
+        for group in dict.fromkeys(groups[order].tolist()):
+            part = next((i for i, left in enumerate(room) if left >= members[group]), int(np.argmax(room)))
+            part_of[group] = part
+            room[part] -= members[group]
+        parts = np.array([part_of[group] for group in groups[order].tolist()])
+        order, sizes = order[np.argsort(parts, kind="stable")], np.bincount(parts, minlength=4)[:3].tolist()
     splits: dict[str, SplitData] = {}
     for name, size, end in zip(SPLITS, sizes, np.cumsum(sizes).tolist(), strict=True):
         splits[name] = SplitData.of(order[end - size : end].tolist(), dropped)

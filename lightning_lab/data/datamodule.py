@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from functools import cached_property, partial
-from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,14 +13,14 @@ from typing_extensions import override
 
 from lightning_lab.data import batching
 from lightning_lab.data.batching import MicroBatch, PromptBatch, SplitData, SplitMethod, SplitName, StepBatch
-from lightning_lab.data.conversation import EmptyAnswers, Prompt, RowFormat, parse_conversation
+from lightning_lab.data.conversation import EmptyAnswers, Prompt, RowFormat
+from lightning_lab.data.duplicates import Duplicates, find_duplicates
 from lightning_lab.data.encoding import ControlTokens, ConversationEncoder, Mask, Truncation, load_tokenizer
 from lightning_lab.data.loading import StepLoader, do_without_validation, loading_options
 from lightning_lab.data.preparation import prepare_rows
-from lightning_lab.data.prompts import read_prompts, tokenize_prompts
+from lightning_lab.data.prompts import first_prompts, read_prompts, tokenize_prompts
 from lightning_lab.data.rows import Rows
-from lightning_lab.data.sources import load_rows
-from lightning_lab.data.summary import summary
+from lightning_lab.data.summary import print_summary
 from lightning_lab.data.tokenized import OnBadRow, TokenizedRows
 from lightning_lab.errors import LabError, Range, check_arguments
 
@@ -63,6 +61,8 @@ class ChatDataModule(pl.LightningDataModule):
         split_method: ``permutation`` deals a permutation of the rows out to train, validation and test; ``lab`` splits
             as the lab did, by ``datasets``' ``train_test_split`` twice with ``split_seed``.
         split_seed: Seed of the split. Not the run's seed, so that runs with different seeds share their splits.
+        group_duplicates: Keep rows of ``source`` that nearly repeat each other in one split, under ``permutation``.
+            Those that nearly repeat a row of ``validation_source`` or ``test_source`` are not moved.
         eval_split: The split that `validate`, `test` and `predict` read; null for validation, test and test.
         allow_trained: Evaluate conversations that the checkpoint was trained on too, apart from the others, whose
             figures are the result; false refuses them. ``eval_split: train`` needs no permission.
@@ -123,6 +123,7 @@ class ChatDataModule(pl.LightningDataModule):
         test_source: list[str] | str | None = None,
         split_method: SplitMethod = "permutation",
         split_seed: int = 3407,
+        group_duplicates: bool = False,
         eval_split: SplitName | None = None,
         allow_trained: bool = False,
         revision: str | None = None,
@@ -161,7 +162,9 @@ class ChatDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         if self.predict_source is None or self.trainer is None or self.trainer.state.fn != "predict":
             self.prepare(progress=True)
-            self.print_summary()
+            print_summary(self)
+            if self.trainer and self.trainer.state.fn == "fit":
+                assert self.duplicates  # found by one process, and kept in the cache for the others
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -193,10 +196,6 @@ class ChatDataModule(pl.LightningDataModule):
         self._open_tokenizer()
         self.rows, self.tokenized, self.splits = prepare_rows(self.hparams, self.encoder, self.row_format, progress)
 
-    def print_summary(self) -> None:
-        """Say on stderr what became of the rows."""
-        print(*summary(self.rows, self.tokenized, range(len(self.rows))), sep="\n", file=sys.stderr)
-
     def _open_tokenizer(self) -> None:
         options = self.hparams
         self.tokenizer = load_tokenizer(options["tokenizer"], options["tokenizer_revision"])
@@ -208,6 +207,11 @@ class ChatDataModule(pl.LightningDataModule):
         """The three splits by name."""
         self.prepare(progress=False)  # puts them here
         return self.splits
+
+    @cached_property
+    def duplicates(self) -> Duplicates:
+        """Which rows repeat each other, in whatever split they are."""
+        return find_duplicates(self.rows, self.row_format, self.trainer is None or self.trainer.is_global_zero)
 
     def split_for(self, stage: str) -> str:
         """Name of the split that ``validate``, ``test`` or ``predict`` reads; ``fit`` always reads validation."""
@@ -328,9 +332,7 @@ class ChatDataModule(pl.LightningDataModule):
 
     def first_prompts(self, split: str, count: int | None) -> list[Prompt]:
         """The first conversations of a split (None: all), each cut before its last answer; less those it begins."""
-        rows = self.splits[split].rows.tolist()
-        prompts = (Prompt.of(row, parse_conversation(self.rows[row], self.row_format)) for row in rows)
-        return list(islice((prompt for prompt in prompts if prompt is not None), count))
+        return first_prompts(self.rows, self.splits[split].rows.tolist(), self.row_format, count)
 
     def prompt_batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """Tokenise prompts as in training; a template that refuses one raises `RowError`."""
@@ -345,5 +347,4 @@ class ChatDataModule(pl.LightningDataModule):
     def own_prompts(self) -> list[Prompt]:
         """Every row of ``predict_source``; bad ones are an error, or named and left out, as ``on_bad_row`` says."""
         assert self.predict_source is not None
-        rows = load_rows(self.predict_source, unread=self.row_format.unread)
-        return read_prompts(rows, self.encoder.template, self.row_format, self.hparams["on_bad_row"])
+        return read_prompts(self.predict_source, self.encoder.template, self.row_format, self.hparams["on_bad_row"])

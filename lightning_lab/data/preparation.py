@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning_lab.data.batching import SplitData, split_rows, split_sizes
 from lightning_lab.data.conversation import RowFormat
+from lightning_lab.data.duplicates import find_duplicates
 from lightning_lab.data.encoding import ConversationEncoder
 from lightning_lab.data.rows import Rows
 from lightning_lab.data.sources import load_rows
@@ -42,6 +43,8 @@ def prepare_rows(
             same = str(source).partition(":")[0] == rows.name.partition(":")[0]
             own[name] = load_rows(source, None, commit if same else None, config if same else None, name, unread)
     method = options["split_method"]
+    if options["group_duplicates"] and method == "lab":
+        raise LabError("data.group_duplicates moves rows, which data.split_method lab cannot; leave one of them out")
     sizes = split_sizes(options["split"], len(rows), rows.name, method, own)
     if progress and not encoder.template.end_of_turn:
         print(
@@ -60,7 +63,12 @@ def prepare_rows(
     reading = {"row_format": row_format, "on_bad_row": options["on_bad_row"]}
     tokenized = tokenize_rows(every, encoder, progress=progress, **reading)
     check_dropped(every, tokenized, options["max_dropped"])
-    splits = split_rows(sizes, len(rows), options["split_seed"], tokenized.dropped, method)
+    groups = find_duplicates(every, row_format, progress).groups(len(rows)) if options["group_duplicates"] else None
+    splits = split_rows(sizes, len(rows), options["split_seed"], tokenized.dropped, method, groups)
+    dealt = [len(split.rows) + len(split.dropped) for split in splits.values()]
+    if progress and dealt != sizes:
+        shown = ["/".join(f"{size:,}" for size in each) for each in (dealt, sizes)]
+        print(f"data.group_duplicates: the splits have {shown[0]} rows, {shown[1]} were asked for", file=sys.stderr)
     first = len(rows)
     for name, held_out in own.items():
         splits[name] = SplitData.of(range(first, first + len(held_out)), tokenized.dropped)

@@ -7,15 +7,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from lightning_lab.data.batching import pack
+from lightning_lab.data.batching import SPLITS, pack
 from lightning_lab.data.conversation import parse_conversation, unread_keys
+from lightning_lab.data.duplicates import KINDS
 from lightning_lab.data.encoding import IGNORED
-from lightning_lab.data.summary import named, summary
+from lightning_lab.data.summary import named, some, summary
+from lightning_lab.tables import Table
 
 if TYPE_CHECKING:
     from lightning_lab.data.datamodule import ChatDataModule
@@ -61,6 +63,35 @@ def preview(data: ChatDataModule, *, limit: int = 3, as_json: bool = False, file
         console.print(text)
     for line in _summary(data, rows, kept):
         console.print(line)
+
+
+def check(data: ChatDataModule, *, as_json: bool = False, file: TextIO | None = None) -> None:
+    """Print how many conversations of each split repeat others of it, and of the splits before it, and a few places.
+
+    Args:
+        data: Prepared.
+        as_json: Print one object instead, with every such row and one that it repeats.
+        file: Standard output by default.
+
+    """
+    file = file or sys.stdout
+    splits = {str(name): data.splits[name].rows for name in SPLITS if len(data.splits[name].rows)}
+    pairs = [*((name, name) for name in splits), *((later, first) for first, later in combinations(splits, 2))]
+    contents, sizes = data.tokenized.contents, {name: len(rows) for name, rows in splits.items()}
+    found = [(one, of, data.duplicates.matches(contents, splits[one], splits[of])) for one, of in pairs]
+    if as_json:
+        each = [{"split": one, "repeats": of} | {k: [*v.items()] for k, v in kinds.items()} for one, of, kinds in found]
+        print(json.dumps({"source": data.rows.name, "conversations": sizes, "found": each}), file=file)
+        return
+    columns = ("split", "conversations", "repeats", *(kind.replace("_", " ") for kind in KINDS))
+    cells = [(one, f"{sizes[one]:,}", of, *(f"{len(rows):,}" for rows in kinds.values())) for one, of, kinds in found]
+    print(Table(columns, cells, text=("split", "repeats")).markdown(), file=file)
+    for one, of, kinds in found:
+        for kind, rows in kinds.items():
+            if rows:
+                places = [f"{data.rows.where(row)} as {data.rows.where(other)}" for row, other in rows.items()]
+                shown = some(range(len(places)), places.__getitem__)
+                print(f"{one}, {kind.replace('_', ' ')} of {of}: {shown}", file=file)
 
 
 def _runs(data: ChatDataModule, row: int) -> Iterator[tuple[str, bool]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,11 @@ def summary(rows: Rows, tokenized: TokenizedRows, indices: Sequence[int]) -> Ite
     yield f"{tokens:,} tokens, {supervised:,} supervised ({100 * supervised / max(1, tokens):.1f} %)"
     yield f"{len(cut):,} cut at max_length" + named(cut)
     yield from dropped_reasons(rows, tokenized, indices)
+
+
+def print_summary(data: ChatDataModule) -> None:
+    """Say on stderr what became of all rows."""
+    print(*summary(data.rows, data.tokenized, range(len(data.rows))), sep="\n", file=sys.stderr)
 
 
 def dropped_reasons(rows: Rows, tokenized: TokenizedRows, indices: Sequence[int]) -> list[str]:

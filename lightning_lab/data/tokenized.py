@@ -1,19 +1,12 @@
 """All rows -> tokens and masks, made once and kept as an Arrow file in the cache."""
 
-import gc
 import hashlib
 import json
-import os
-import shutil
 import sys
-import tempfile
-import time
 import zlib
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lightning_lab.data.batching import Example
+from lightning_lab.data.cache import read_cached, write_cached
 from lightning_lab.data.conversation import Conversation, RowError, RowFormat, or_error, parse_conversation
 from lightning_lab.data.encoding import IGNORED, ConversationEncoder, Encoded, RowTooLongError
 from lightning_lab.data.sources import Rows
@@ -33,9 +27,6 @@ OnBadRow = Literal["error", "drop"]
 # Part of the cache key: raise it whenever the columns, or what parsing or rendering makes of the same input, change.
 _FORMAT = 6
 _BATCH_ROWS = 256  # bounds the memory of preparation; more is no faster
-_OBJECTS_A_SEARCH = 100_000  # a search at each 700, the default, takes a third of the time
-_SUM_BYTES = hashlib.sha256().digest_size  # the file ends with the sum of what is before
-_ABANDONED_S = 24 * 60 * 60  # no preparation takes so long
 _NAMED_ROWS = 10  # of a long list; the rest is counted
 _SCHEMA = pa.schema(
     {
@@ -179,7 +170,7 @@ def tokenize_rows(
                 raise LabError(f"{rows.where(index)}: {reason}; correct the row or set data.on_bad_row to drop")
         return table
 
-    table = _read(path)
+    table = read_cached(path)
     if table is None:
         if progress:
             print(f"tokenising {len(rows):,} rows of {rows.name}", file=sys.stderr)
@@ -187,7 +178,9 @@ def tokenize_rows(
         try:
             with Progress(console=Console(stderr=True), disable=not shown) as bar:
                 firsts = bar.track(range(0, len(rows), _BATCH_ROWS), description="tokenising")
-                table = _write(path, (checked(_encode(rows, encoder, row_format, first), first) for first in firsts))
+                table = write_cached(
+                    path, _SCHEMA, (checked(_encode(rows, encoder, row_format, first), first) for first in firsts)
+                )
         except OSError as error:
             raise LabError(f"cannot write {path}: {error.strerror or error}; set LIGHTNING_LAB_CACHE") from None
     tokenized = TokenizedRows(checked(table, 0), fingerprint)
@@ -216,45 +209,12 @@ def _encode(rows: Rows, encoder: ConversationEncoder, row_format: RowFormat, fir
     )
 
 
-def _content(conversation: Conversation) -> int:
-    """A hash of what is said; 8 bytes, so that two of a million differ in all but 1 of 10 million data sets."""
-    said = [(m.role, m.content.strip(), [call["function"] for call in m.tool_calls]) for m in conversation.messages]
-    text = json.dumps([said, conversation.tools], sort_keys=True, default=str)
+def hashed(said: Any) -> int:
+    """A hash of what can be JSON; 8 bytes, so that two of a million differ in all but 1 of 10 million data sets."""
+    text = json.dumps(said, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def _read(path: Path) -> pa.Table | None:
-    """Read a cache file whole; None where it is missing or damaged."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    if hashlib.sha256(content[:-_SUM_BYTES]).digest() == content[-_SUM_BYTES:]:
-        return pa.ipc.open_stream(content).read_all()
-    print(f"warning: {path} is damaged; tokenising anew", file=sys.stderr)
-    return None
-
-
-def _write(path: Path, tables: Iterable[pa.Table]) -> pa.Table:
-    """Make a cache file beside its place, add the sum, and put it there whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for unfinished in path.parent.glob(".*"):  # of a process that was killed
-        with suppress(FileNotFoundError):  # it has just ended well
-            if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(unfinished, ignore_errors=True)  # it may be somebody else's
-    thresholds = gc.get_threshold()
-    # The search for reference cycles goes by the number of new objects, here texts and ids that are soon gone.
-    gc.set_threshold(_OBJECTS_A_SEARCH, *thresholds[1:])
-    try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            with pa.ipc.new_stream(str(made), _SCHEMA) as writer:
-                for table in tables:
-                    writer.write_table(table)
-            content = made.read_bytes()
-            with made.open("ab") as file:
-                file.write(hashlib.sha256(content).digest())
-            os.replace(made, path)
-    finally:
-        gc.set_threshold(*thresholds)
-    return pa.ipc.open_stream(content).read_all()
+def _content(conversation: Conversation) -> int:
+    said = [(m.role, m.content.strip(), [call["function"] for call in m.tool_calls]) for m in conversation.messages]
+    return hashed([said, conversation.tools])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lightning_lab.data.batching import pack
+from lightning_lab.data.summary import print_summary
 from lightning_lab.experiments.reference import lab_peak_gib
 from lightning_lab.files import flatten
 from lightning_lab.models.base import load_config
@@ -39,7 +40,7 @@ def plan_command(cli: Any) -> None:
     data, trainer, settings = cli.datamodule, cli.settings.trainer, cli.model.hparams
     settle_auto(cli.trainer, cli.model, data, training=True)
     data.prepare(progress=not cli.settings.json)
-    data.print_summary()
+    print_summary(data)
     earlier = newest_run(cli.name)
     planned = plan(
         load_config(settings.base, settings.revision),

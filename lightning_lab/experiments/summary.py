@@ -130,9 +130,9 @@ def _notes(runs: Sequence[Run]) -> list[str]:
             best = f"step {run.best['step']:,.0f}, where its validation loss is lowest"
             found.append(f"{run.name} was tested at step {tested:,}, not at {best}.")
         for name, own in run.evaluations.items():
-            if "copies" in own:
-                what = f"{own['copies']} conversations are copies of training ones"
-                loss = own.get(f"{name.partition('@')[0].removesuffix('-base')}_loss_without_copies")
+            for kind in (kind for kind in ("copies", "near_duplicates") if kind in own):
+                what = f"{own[kind]} conversations are {kind.replace('_', '-')} of training ones"
+                loss = own.get(f"{name.partition('@')[0].removesuffix('-base')}_loss_without_{kind}")
                 found.append(f"{run.name}, {name}: {what}; without them the loss is {loss}.")
     for base in (run.evaluations["test-base"] for run in runs if "test-base" in run.evaluations):
         found.append(

@@ -66,6 +66,7 @@ def sweep_command(cli: Any) -> int:
         for model, data in needed.values():
             model_folder(model.base, weights=True, revision=model.get("revision"))
             data.prepare(progress=True)
+            assert data.duplicates  # found here, once for all runs
 
     status = Sweep(directory, SweepSettings(**vars(cli.settings.sweep)), cli.config_text(), resolve, prepare).run()
     summary = Summary([directory])

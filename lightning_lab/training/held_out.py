@@ -1,8 +1,8 @@
 """What a run trained on and held out, known by the contents of its conversations: rows move, and files are renamed.
 
-A table with the columns ``split``, ``row`` (in the run's own source) and ``content`` (`TokenizedRows.contents`). Beside
-the three splits, ``trained_before`` has what only the runs before were trained on, those that this one continues or
-began from.
+A table with the columns ``split``, ``row`` (in the run's own source), ``content`` (`TokenizedRows.contents`) and
+``near``, a row of the training split that a held-out one nearly repeats. Beside the three splits, ``trained_before``
+has what only the runs before were trained on, those that this one continues or began from.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from lightning_lab.files import write_whole
 from lightning_lab.rundir import ROWS
 
 BEFORE = "trained_before"
-_SCHEMA = pa.schema({"split": pa.string(), "row": pa.int64(), "content": pa.uint64()})
+_SCHEMA = pa.schema({"split": pa.string(), "row": pa.int64(), "content": pa.uint64(), "near": pa.int64()})
 UNKNOWN = f"warning: what the model was trained on is not known: no ckpt_path is given, or no {ROWS} stands beside it"
 
 
@@ -35,34 +35,40 @@ class Standing(NamedTuple):
         is_own: It has exactly the conversations that the run dealt to the split of its name.
         trained: Its rows that were trained on.
         copies: Its rows that the run dealt to it, but a copy of which, another row of the run's source, was trained on.
+        near_duplicates: The same of a near-duplicate; copies are among them.
 
     """
 
     is_own: bool
     trained: list[int]
     copies: list[int]
+    near_duplicates: list[int]
 
 
 def deal_rows(data: ChatDataModule, earlier: pa.Table | None) -> pa.Table:
     """What a run trains on and holds out; ``earlier`` is the table of the one that it continues or began from."""
-    contents = data.tokenized.contents
-    parts = [(name, split.rows, contents[split.rows]) for name, split in data.splits.items()]
+    contents, train = data.tokenized.contents, data.splits["train"].rows
+    parts: list[tuple[str, Any, np.ndarray, list[int | None]]] = []
+    for name, split in data.splits.items():
+        near = {} if name == "train" else data.duplicates.matches(contents, split.rows, train)["near_duplicates"]
+        parts.append((name, split.rows, contents[split.rows], [near.get(row) for row in split.rows.tolist()]))
     if earlier is not None:
-        before = np.setdiff1d(_contents(earlier, "train", BEFORE), contents[data.splits["train"].rows])
-        parts.append((BEFORE, pa.nulls(len(before), pa.int64()), before))
-    tables = [
-        pa.table({"split": [name] * len(rows), "row": rows, "content": said}, _SCHEMA) for name, rows, said in parts
-    ]
+        before = np.setdiff1d(_contents(earlier, "train", BEFORE), contents[train])
+        parts.append((BEFORE, pa.nulls(len(before), pa.int64()), before, [None] * len(before)))
+    tables = [pa.table([[name] * len(rows), rows, said, near], schema=_SCHEMA) for name, rows, said, near in parts]
     return pa.concat_tables(tables)
 
 
 def say_trained(dealt: pa.Table, data: ChatDataModule) -> None:
     """Say on stderr how much of what a run holds out is trained on all the same."""
     for name in ("validation", "test"):
-        _, trained, copies = standing(dealt, data, name)
-        size = len(data.splits[name].rows)
-        if copies:
-            print(f"{len(copies):,} of {size:,} {name} conversations are copies of training ones", file=sys.stderr)
+        stands, rows = standing(dealt, data, name), data.splits[name].rows
+        trained, size = stands.trained, len(rows)
+        first = data.duplicates.matches(data.tokenized.contents, rows, data.splits["train"].rows)["same_first_turn"]
+        if stands.near_duplicates or first:
+            near, copies = len(stands.near_duplicates), len(stands.copies)
+            what = f"{near:,} of {size:,} {name} conversations are near-duplicates of training ones ({copies:,} copies)"
+            print(f"{what}, {len(first):,} share their first turn; see preview --check", file=sys.stderr)
         if trained:
             what = f"{len(trained):,} of {size:,} {name} conversations were trained on by the run before this one"
             print(f"warning: {what}; set data.split and its seed as they were", file=sys.stderr)
@@ -74,10 +80,13 @@ def standing(dealt: pa.Table, data: ChatDataModule, split: str) -> Standing:
     contents, own = data.tokenized.contents[rows], _contents(dealt, split)
     is_own = np.array_equal(np.sort(contents), np.sort(own))
     if split == "train":
-        return Standing(is_own, [], [])
+        return Standing(is_own, [], [], [])
     before, train = (np.isin(contents, _contents(dealt, name)) for name in (BEFORE, "train"))
-    copies = train & ~before & np.isin(contents, own).all()  # if it is the run's own split, or a part of it
-    return Standing(is_own, sorted(rows[(train | before) & ~copies].tolist()), rows[copies].tolist())
+    is_part = np.isin(contents, own).all()
+    copies = train & ~before & is_part
+    near = copies | np.isin(contents, _contents(dealt.filter(dealt["near"].is_valid()), split)) & ~before & is_part
+    trained = rows[(train | before) & ~copies]
+    return Standing(is_own, sorted(trained.tolist()), rows[copies].tolist(), rows[near].tolist())
 
 
 def trained_rows(dealt: pa.Table, data: ChatDataModule, split: str) -> list[int]:
@@ -92,8 +101,9 @@ def trained_rows(dealt: pa.Table, data: ChatDataModule, split: str) -> list[int]
         places = some(trained, data.rows.where)
         raise LabError(
             f"{len(trained):,} of the {size:,} {split} conversations were trained on: {places}; set data.source, "
-            "data.rows, data.split, data.split_seed and data.split_method as in training, evaluate another source, or "
-            "set data.allow_trained to true for figures of the others, or data.eval_split to train"
+            "data.rows, data.split, data.split_seed, data.split_method and data.group_duplicates as in training, "
+            "evaluate another source, or set data.allow_trained to true for figures of the others, or data.eval_split "
+            "to train"
         )
     return trained
 

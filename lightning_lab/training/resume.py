@@ -25,7 +25,7 @@ KEY = "lightning_lab"
 # What an adapter's values mean something under; its shapes alone would not tell another alpha.
 ADAPTER = {"model.r", "model.alpha", "model.rslora", "model.dora", "model.target_modules"}
 # What decides which rows are held out.
-SPLIT = {"data.rows", "data.split", "data.split_method", "data.split_seed"}
+SPLIT = {"data.rows", "data.split", "data.split_method", "data.split_seed", "data.group_duplicates"}
 PROCESSES = "the number of processes (trainer.devices)"
 # What matters to a continued run with dropout alone, which is drawn micro-batch by micro-batch in each process.
 DRAWN = {"data.micro_batch_tokens", PROCESSES}

@@ -228,3 +228,5 @@ class TestWithoutANetwork:
 def test_preview_needs_no_gpu(tiny_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preview", *tiny_args, "--trainer.accelerator=gpu", "--trainer.devices=2", "--limit=1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["labels"]
+    assert main(["preview", *tiny_args, "--check", "--json"]) == 0
+    assert [each["split"] for each in json.loads(capsys.readouterr().out)["found"]][:1] == ["train"]

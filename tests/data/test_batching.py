@@ -188,3 +188,29 @@ class TestTheLabsSplit:
             parts = split_rows(sizes, rows, 42, {}, "lab").values()
             assert [len(part.rows) for part in parts] == sizes
             assert len({row for part in parts for row in part.rows.tolist()}) == sum(sizes)
+
+
+class TestGroups:
+    """Rows of a group go to one split. By hand with the permutation by seed 0 of eight rows, 2 4 3 6 5 0 1 7."""
+
+    def dealt(self, sizes: list[int], groups: list[int], seed: int = 0) -> list[list[int]]:
+        parts = split_rows(sizes, len(groups), seed, {}, groups=np.array(groups)).values()
+        return [part.rows.tolist() for part in parts]
+
+    def test_each_row_alone_is_the_permutation(self) -> None:
+        assert self.dealt([4, 2, 1], list(range(8))) == [[2, 4, 3, 6], [5, 0], [1]]
+
+    def test_a_group_goes_to_the_first_split_with_room(self) -> None:
+        """2, 0 and 7 leave one place in train, so that 4 and 1 go to validation; 5 comes when all is full."""
+        assert self.dealt([4, 2, 1], [9, 1, 9, 3, 1, 5, 6, 9]) == [[2, 3, 0, 7], [4, 1], [6]]
+
+    def test_a_group_that_fits_nowhere_goes_where_most_room_is(self) -> None:
+        assert self.dealt([3, 3, 2], [0, 1, 9, 9, 9, 9, 9, 7]) == [[2, 4, 3, 6, 5], [0, 1, 7], []]
+
+    @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(0, 9))
+    def test_no_group_is_divided(self, groups: list[int], seed: int) -> None:
+        parts = self.dealt(split_sizes([0.6, 0.2, 0.2], len(groups), "x"), groups, seed)
+        assert sorted(row for part in parts for row in part) == list(range(len(groups)))
+        assert sum(len({groups[row] for row in part}) for part in parts) == len(set(groups))
+        order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+        assert all(part == sorted(part, key=order.index) for part in parts)

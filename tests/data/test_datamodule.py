@@ -255,6 +255,62 @@ class TestSplits:
         assert data.splits["test"].rows.tolist() == []
 
 
+class TestGroups:
+    """50 conversations, of which each of the first ten is there three times, with one word changed."""
+
+    @pytest.fixture(scope="class")
+    def source(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        answers = [[f"{i}w{k}" for k in range(20)] for i in range(30)]
+        changed = [[*answer[:word], "else", *answer[word + 1 :]] for word in (7, 13) for answer in answers[:10]]
+        rows = [chat("Which?", " ".join(answer)) for answer in answers + changed]
+        return write(tmp_path_factory.mktemp("groups") / "rows.jsonl", rows)
+
+    def test_near_duplicates_are_in_one_split(
+        self, tiny_base: Path, source: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def dealt(**changes: Any) -> list[list[int]]:
+            data = build(tiny_base, source, rows=50, split=[0.6, 0.2, 0.2], **changes)
+            data.prepare(progress=True)
+            return [part.rows.tolist() for part in data.splits.values()]
+
+        def of_whom(row: int) -> int:
+            return row if row < 30 else row % 10
+
+        grouped = dealt(group_duplicates=True)
+        assert sorted(row for part in grouped for row in part) == list(range(50))
+        assert sum(len(set(map(of_whom, part))) for part in grouped) == 30
+        assert dealt(group_duplicates=True) == grouped
+        said = capsys.readouterr().err
+        shown = "/".join(str(len(part)) for part in grouped)
+        assert ("data.group_duplicates: the splits have" in said) == (shown != "30/10/10")
+        ungrouped = dealt()
+        assert sum(len(set(map(of_whom, part))) for part in ungrouped) > 30
+        assert list(map(len, ungrouped)) == [30, 10, 10]
+
+    def test_sizes_that_cannot_be_had_are_said(
+        self, tiny_base: Path, source: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = [json.loads(line) for line in source.read_text().splitlines()]
+        twice = write(source.with_name("twice.jsonl"), [rows[0], rows[30], rows[40]])
+        build(tiny_base, twice, rows=None, split=[1, 1, 1], group_duplicates=True).prepare(progress=True)
+        assert "data.group_duplicates: the splits have 3/0/0 rows, 1/1/1 were asked for\n" in capsys.readouterr().err
+
+    def test_the_labs_split_is_refused(self, tiny_base: Path, source: Path) -> None:
+        with pytest.raises(LabError, match=r"^data\.group_duplicates moves rows, which data\.split_method lab cannot;"):
+            build(tiny_base, source, group_duplicates=True, split_method="lab").prepare(progress=False)
+
+    def test_rows_of_other_sources_move_none(self, tiny_base: Path, source: Path) -> None:
+        """Rows 0 and 30 are near-duplicates, of each other and of the test source's only row."""
+        rows = [json.loads(line) for line in source.read_text().splitlines()]
+        train = write(source.with_name("train.jsonl"), [rows[0], *rows[10:29], rows[30]])
+        other = str(write(source.with_name("other.jsonl"), [rows[40]]))
+        data = build(tiny_base, train, rows=None, split=[18, 3, 0], group_duplicates=True, test_source=other)
+        data.prepare(progress=False)
+        parts = {name: part.rows.tolist() for name, part in data.splits.items()}
+        assert [name for name, part in parts.items() if {0, 20} <= set(part)]
+        assert (len(parts["train"]), len(parts["validation"]), parts["test"]) == (18, 3, [21])
+
+
 class TestSourcesOfTheirOwn:
     """Validation and test rows from other files, in one numbering after those of the source."""
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lightning_lab.data.datamodule import ChatDataModule
-from lightning_lab.data.preview import packing_statistics, preview
+from lightning_lab.data.preview import check, packing_statistics, preview
+from tests.data.planted import MATCHES, NONE, planted_files
 
 ROWS = [
     {"instruction": "Say [bold]hi[/bold]", "output": "hi \x1b[31m", "system": "s"},
@@ -124,3 +125,53 @@ def test_json(data: ChatDataModule) -> None:
         assert line["labels"] == data.tokenized.labels(line["row"]).tolist()
     assert lines[0]["text"].endswith("<|im_start|>assistant\nhi \x1b[31m<|im_end|>\n")
     assert len(lines[1]["labels"]) == 34
+
+
+class TestCheck:
+    @pytest.fixture(scope="class")
+    def planted(self, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatDataModule:
+        files: Any = planted_files(tmp_path_factory.mktemp("planted"))
+        data = ChatDataModule(**files, split=[5, 0, 0], tokenizer=str(tiny_base), template="tokenizer")
+        data.prepare(progress=False)
+        return data
+
+    def checked(self, data: ChatDataModule, **options: Any) -> str:
+        file = io.StringIO()
+        check(data, file=file, **options)
+        return file.getvalue()
+
+    def test_counts_and_places(self, planted: ChatDataModule) -> None:
+        table, places = self.checked(planted).split("|\ntrain, ")
+        sizes = {"train": 5, "validation": 2, "test": 4}
+        counts = [
+            [split, str(sizes[split]), other, *(str(len(of_kind)) for of_kind in found.values())]
+            for (split, other), found in MATCHES.items()
+        ]
+        assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]] == counts
+        train, held_out = planted.source, planted.hparams["test_source"]
+        assert f"copies of train: {train} line 1 as {train} line 2, {train} line 2 as {train} line 1\n" in places
+        where = f"{held_out} line 1 as {train} line 1, {held_out} line 2 as {train} line 3"
+        assert f"\ntest, same question other answer of train: {where}\n" in places
+        where += f", {held_out} line 3 as {train} line 4"
+        assert f"\ntest, same first turn of train: {where}\n" in places
+
+    def test_json(self, planted: ChatDataModule) -> None:
+        found = json.loads(self.checked(planted, as_json=True))
+        assert found["conversations"] == {"train": 5, "validation": 2, "test": 4}
+        assert found["source"] == planted.rows.name
+        for each, (names, expected) in zip(found["found"], MATCHES.items(), strict=True):
+            assert (each.pop("split"), each.pop("repeats")) == names
+            assert each == {kind: [list(pair) for pair in of_kind.items()] for kind, of_kind in expected.items()}
+
+    def test_without_held_out_rows(self, data: ChatDataModule, tiny_base: Path) -> None:
+        """Of the four rows the splits keep three, in two splits."""
+        assert [line.split()[1] for line in self.checked(data).splitlines()[2:]] == [
+            "train",
+            "validation",
+            "validation",
+        ]
+        alone = ChatDataModule(data.source, split=[1, 0, 0], tokenizer=str(tiny_base), template="tokenizer")
+        alone.hparams["on_bad_row"] = "drop"
+        alone.prepare(progress=False)
+        found = json.loads(self.checked(alone, as_json=True))
+        assert found["found"] == [{"split": "train", "repeats": "train", **{kind: [] for kind in NONE}}]

@@ -180,7 +180,7 @@ def test_cache_is_used_and_keyed(
 ) -> None:
     first = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(module, "write_cached", lambda *_: pytest.fail("tokenised again"))
         again = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="drop", progress=False)
     assert again.fingerprint == first.fingerprint
     others = [
@@ -203,7 +203,7 @@ def test_rows_are_found_whatever_the_batches_were(
     with monkeypatch.context() as patch:
         patch.setattr(module, "_BATCH_ROWS", 100)
         tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
-        patch.setattr(module, "_write", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(module, "write_cached", lambda *_: pytest.fail("tokenised again"))
         patch.setattr(module, "_BATCH_ROWS", 70)
         data = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
     for i in range(600):
@@ -220,7 +220,7 @@ def test_damaged_cache_is_made_again(
     path.write_bytes({"empty": b"", "cut": content[:-100], "text": b"hello"}[damage])
     again = tokenize_rows(as_rows(GOOD), encoder, on_bad_row="error", progress=False)
     assert [again.labels(i).tolist() for i in range(600)] == [data.labels(i).tolist() for i in range(600)]
-    assert capsys.readouterr().err == f"warning: {path} is damaged; tokenising anew\n"
+    assert capsys.readouterr().err == f"warning: {path} is damaged; making it anew\n"
     assert path.read_bytes() == content
 
 

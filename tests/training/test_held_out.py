@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +29,13 @@ Chat = tuple[str, str]
 
 @pytest.fixture(scope="module")
 def chats() -> list[Chat]:
-    """500 questions and short answers, of which the last three repeat the first."""
+    """500 questions and short answers, of which the last three repeat the first, and ten others nearly."""
     rows = load_rows("embedded", 497)
     pairs = [[turn["value"] for turn in row["conversations"]][-2:] for row in rows]
     found = [(question, f"{i}: " + " ".join(answer.split()[:8])) for i, (question, answer) in enumerate(pairs)]
+    for i in range(10, 20):
+        question, answer = found[i + 10]
+        found[i] = question, f"{answer} otherwise"
     return found + [found[0]] * 3
 
 
@@ -41,6 +45,15 @@ def write(path: Path, chats: Sequence[Chat], keys: tuple[str, str, str, str, str
     rows = [{turns: [{who: user, what: q}, {who: assistant, what: a}]} for q, a in chats]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def are_near(one: Chat, other: Chat) -> bool:
+    """Whether their runs of five words have a Jaccard index of at least 1/2."""
+    runs = []
+    for chat in (one, other):
+        words = re.findall(r"\w+", " ".join(chat).lower())
+        runs.append({tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))})
+    return 2 * len(runs[0] & runs[1]) >= len(runs[0] | runs[1])
 
 
 def permuted(chats: Sequence[Chat]) -> dict[str, list[Chat]]:
@@ -100,10 +113,19 @@ def test_what_the_run_was_dealt_stands_beside_its_checkpoints(chats: list[Chat])
     table = pq.read_table("run/checkpoints/rows.parquet").to_pydict()
     dealt: dict[str, list[Chat]] = {}
     of_content: dict[int, Chat] = {}
-    for split, row, content in zip(table["split"], table["row"], table["content"], strict=True):
+    near: dict[str, list[Chat]] = {"train": [], "validation": [], "test": []}
+    for split, row, content, other in zip(*(table[k] for k in ("split", "row", "content", "near")), strict=True):
         dealt.setdefault(split, []).append(chats[row])
         assert of_content.setdefault(content, chats[row]) == chats[row]
+        if other is not None:
+            near[split].append(chats[row])
+            assert are_near(chats[row], chats[other])
+            assert chats[other] in permuted(chats)["train"]
     assert dealt == permuted(chats)
+    for split in ("validation", "test"):
+        assert near[split] == [chat for chat in dealt[split] if any(are_near(chat, one) for one in dealt["train"])]
+    assert not near["train"]
+    assert near["test"]
     assert len(of_content) == len(set(chats)) == 497
 
 
@@ -175,20 +197,24 @@ def test_results_of_other_data_stand_beside_the_runs_own(
     assert result("test@faq-2")["source"] == "other/faq.jsonl"
     assert "| test@faq-2 " in table
     # the copies of the source are counted, and what the loss is without them
+    # and near-duplicates, the copies among them
     held_out = permuted(chats)
     copies = [chat for chat in held_out["test"] if chat in held_out["train"]]
+    near = [chat for chat in held_out["test"] if any(are_near(chat, one) for one in held_out["train"])]
+    assert 0 < len(copies) < len(near)
     found = result("test")
-    assert found["copies"] == len(copies) > 0
     rows = [line.split(",") for line in Path("run/test_examples.csv").read_text().splitlines()[1:]]
     assert len(rows) == 50
-    kept = [(float(loss), int(tokens)) for row, loss, tokens in rows if chats[int(row)] not in copies]
-    without = sum(loss * tokens for loss, tokens in kept) / sum(tokens for _, tokens in kept)
-    assert found["test_loss_without_copies"] == pytest.approx(without, rel=1e-12)
-    assert f"| test, without copies | last, step 1 | {without:.4f} |" in " ".join(table.split())
     assert report(["run"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert f"| faq-2 | run | test | {result('test@faq-2')['test_loss']:.6f} |" in shown
-    assert f"run, test: {len(copies)} conversations are copies of training ones; without" in shown
+    for key, words, leaked in (("copies", "copies", copies), ("near_duplicates", "near-duplicates", near)):
+        assert found[key] == len(leaked)
+        kept = [(float(loss), int(tokens)) for row, loss, tokens in rows if chats[int(row)] not in leaked]
+        without = sum(loss * tokens for loss, tokens in kept) / sum(tokens for _, tokens in kept)
+        assert found[f"test_loss_without_{key}"] == pytest.approx(without, rel=1e-12)
+        assert f"| test, without {words} | last, step 1 | {without:.4f} |" in " ".join(table.split())
+        assert f"run, test: {len(leaked)} conversations are {words} of training ones; without" in shown
 
 
 def test_the_training_split_by_name_and_all_of_it_as_a_test(module: QLoRAModule, data: Any, chats: list[Chat]) -> None:
@@ -232,6 +258,36 @@ def test_what_an_earlier_run_was_trained_on(
     assert held_out.deal_rows(same, module.dealt).equals(module.dealt)
 
 
+def test_a_table_without_near_duplicates_is_read(module: QLoRAModule, data: Any, tmp_path: Path) -> None:
+    """As earlier versions wrote it: copies are known by their contents all the same."""
+    same = data("chats.jsonl")
+    same.prepare(progress=False)
+    assert module.dealt is not None
+    now = held_out.standing(module.dealt, same, "test")
+    pq.write_table(module.dealt.drop_columns("near"), tmp_path / "rows.parquet")
+    older = held_out.read_rows(tmp_path / "last.ckpt")
+    assert older is not None
+    assert held_out.standing(older, same, "test") == now._replace(near_duplicates=now.copies)
+
+
+def test_what_is_held_out_and_like_training_rows_is_said(
+    module: QLoRAModule, data: Any, chats: list[Chat], capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = data("chats.jsonl")
+    same.prepare(progress=False)
+    held_out.say_trained(module.dealt, same)
+    splits = permuted(chats)
+    first = {" ".join(question.lower().split()) for question, _ in splits["train"]}
+    said = ""
+    for split in ("validation", "test"):
+        near = sum(any(are_near(chat, one) for one in splits["train"]) for chat in splits[split])
+        copies = sum(chat in splits["train"] for chat in splits[split])
+        shared = sum(" ".join(question.lower().split()) in first for question, _ in splits[split])
+        said += f"{near} of 50 {split} conversations are near-duplicates of training ones ({copies} copies), "
+        said += f"{shared} share their first turn; see preview --check\n"
+    assert capsys.readouterr().err == said
+
+
 def test_where_nothing_is_recorded(module: QLoRAModule, data: Any, capsys: pytest.CaptureFixture[str]) -> None:
     Path("elsewhere").mkdir()
     shutil.copy(LAST, "elsewhere")
@@ -245,8 +301,8 @@ def test_where_nothing_is_recorded(module: QLoRAModule, data: Any, capsys: pytes
     with pytest.raises(LabError, match=REFUSED):
         evaluate(fresh, data("chats.jsonl", split_seed=1))
     assert fresh.model is None
-    with pytest.raises(LabError, match=r"data\.split_seed is 1, was 3407"):
-        evaluate(module, data("chats.jsonl", split_seed=1), "elsewhere/last.ckpt")
+    with pytest.raises(LabError, match=r"data\.group_duplicates is True, was False; data\.split_seed is 1, was 3407"):
+        evaluate(module, data("chats.jsonl", split_seed=1, group_duplicates=True), "elsewhere/last.ckpt")
 
 
 def test_validate_looks_at_the_validation_split(module: QLoRAModule, data: Any, chats: list[Chat]) -> None:

@@ -26,6 +26,7 @@ from lightning_lab.training.callbacks.record import write_losses
 from lightning_lab.training.module import QLoRAModule
 
 SETTINGS = ("max_length", "template", "mask", "truncation")  # of the data, which a loss depends on
+LEAKED = ("copies", "near_duplicates")  # of training rows, as `held_out.Standing` has them
 LONGEST_SOURCE = 60  # of a file's name
 
 
@@ -71,9 +72,10 @@ class Results(pl.Callback):
             record["settings"] = {key: data.hparams[key] for key in SETTINGS}
         if found.trained:
             record["trained"] = {"conversations": len(found.trained.rows), "loss": found.trained.loss}
-        if stands and stands.copies:
-            others, copies = found.apart(stands.copies)
-            record |= {"copies": len(copies.rows), f"{split}_loss_without_copies": others.loss}
+        for kind in LEAKED:
+            if rows := getattr(stands, kind, None):
+                others, those = found.apart(rows)
+                record |= {kind: len(those.rows), f"{split}_loss_without_{kind}": others.loss}
         evaluated = len(found.rows) + (len(found.trained.rows) if found.trained else 0)
         if data and (left_out := len(data.splits[split].rows) - evaluated):
             record["left_out_by_a_limit"] = left_out
@@ -125,9 +127,10 @@ def results_table(run_dir: Path) -> Table:
                 beside = []
                 if trained := record.get("trained"):
                     beside.append(("trained on", trained["loss"], trained["conversations"]))
-                if copies := record.get("copies"):
-                    left = record["conversations"] - copies
-                    beside.append(("without copies", record[f"{split}_loss_without_copies"], left))
+                for kind in LEAKED:
+                    if some := record.get(kind):
+                        what, left = f"without {kind.replace('_', '-')}", record["conversations"] - some
+                        beside.append((what, record[f"{split}_loss_without_{kind}"], left))
                 more = [(f"{name}, {what}", model, f"{x:.4f}", NONE, NONE, f"{n:,}", NONE) for what, x, n in beside]
             except (KeyError, TypeError, ValueError):  # not there, or damaged: the next evaluation writes it anew
                 continue
