@@ -1,0 +1,190 @@
+"""The row diary: on which conversations a run is worst, and which its adapter improved and harmed most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import dropwhile, takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_lab.errors import LabError
+from lightning_lab.experiments.runs import Example, Run, evaluation_command
+from lightning_lab.rundir import BASE, EXAMPLES, TOKENS
+from lightning_lab.tables import NONE, Table, escape, numbers
+
+SHOWN = 3  # of each kind
+BEGINNING = 80  # characters of an answer in the table
+TOLERANCE = 1e-3  # of a loss against the float32 losses of its tokens
+# Rows quote the codes that steer terminals, and characters that no page may have: C0 has pictures, C1 has none.
+CONTROLS = {**{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}, 127: 0x2421}
+CONTROLS |= dict.fromkeys(range(128, 160), 0xFFFD)
+
+
+class Piece(NamedTuple):
+    """A stretch of a conversation's text, as a rule one token; masked text is one piece as far as it goes.
+
+    Attributes:
+        text: Without control characters.
+        nll: Its negative log-likelihood, nats; None where it is masked.
+        base_nll: The untouched base's; None where it is masked or not known.
+
+    """
+
+    text: str
+    nll: float | None
+    base_nll: float | None
+
+
+class Text(NamedTuple):
+    """A conversation's place in its source, and its text."""
+
+    where: str
+    pieces: list[Piece]
+
+    @property
+    def answer(self) -> str:
+        """The beginning of its first answer: what comes before it is the template's, and the same in many."""
+        supervised = dropwhile(lambda piece: piece.nll is None, self.pieces)
+        text = "".join(piece.text for piece in takewhile(lambda piece: piece.nll is not None, supervised))
+        return text if len(text) <= BEGINNING else f"{text[:BEGINNING]}…"
+
+
+class Diary:
+    """Conversations of one run, the first that has the losses of its tokens.
+
+    Args:
+        runs: The best first.
+        split: Whose conversations.
+
+    Attributes:
+        run: The run; None where none has them.
+        split: Whose conversations.
+        chosen: Conversations by kind, at most `SHOWN` of each: those with the highest mean loss, and where the base
+            was evaluated those with the lowest and the highest difference to it, if that is below and above 0.
+        notes: What is missing, and how to get it.
+
+    """
+
+    def __init__(self, runs: Sequence[Run], split: str) -> None:
+        self.split = split
+        self.run = next((run for run in runs if (run.path / f"{split}{TOKENS}").is_file()), None)
+        self.chosen: dict[str, list[Example]] = {}
+        self.notes = []
+        if runs and self.run is not runs[0]:
+            how = evaluation_command(runs[0].path, split)
+            self.notes.append(f"{runs[0].name} has no {split}{TOKENS}; `{how}` writes it")
+        if self.run is None:
+            return
+        try:
+            examples = self.run.examples(split)
+        except LabError as error:
+            self.notes.append(str(error))
+            return
+        worst = sorted(examples, key=lambda example: (-example.loss, example.row))
+        compared = [example for example in examples if example.loss_minus_base is not None]
+        compared.sort(key=lambda example: (example.loss_minus_base, example.row))
+        self.chosen = {"worst": worst[:SHOWN]}
+        if compared:
+            self.chosen["most_improved"] = [e for e in compared[:SHOWN] if (e.loss_minus_base or 0) < 0]
+            self.chosen["most_harmed"] = [e for e in compared[: -SHOWN - 1 : -1] if (e.loss_minus_base or 0) > 0]
+        if lacking := len(examples) - len(compared):
+            how = evaluation_command(self.run.path, f"{split}-{BASE}")
+            some = f"{lacking:,} of {len(examples):,} conversations have" if compared else f"{split}{EXAMPLES} has"
+            self.notes.append(f"{some} no loss of the base, to which the adapter's is compared; `{how}` adds it")
+
+    @cached_property
+    def texts(self) -> tuple[dict[int, Text], list[str]]:
+        """The texts of the chosen conversations by row, and why others cannot be shown."""
+        examples = {int(example.row): example for found in self.chosen.values() for example in found}
+        if self.run is None or not examples:
+            return {}, []
+        stored, notes = [], []
+        for name, key in ((self.split, "loss"), (f"{self.split}-{BASE}", "base_loss")):
+            path = self.run.path / f"{name}{TOKENS}"
+            expected = {row: (getattr(e, key), e.supervised_tokens) for row, e in examples.items()}
+            expected = {row: pair for row, pair in expected.items() if pair[0] is not None}
+            found, why = _read(path, expected) if expected else ({}, "")
+            stored.append(found)
+            if why:
+                notes.append(f"{why}; write it anew with `{evaluation_command(self.run.path, name)}`")
+        texts = {}
+        for row, (where, pieces, nll) in stored[0].items():
+            _, same, base = stored[1].get(row, (where, pieces, [None] * len(pieces)))
+            base = base if same == pieces else [None] * len(pieces)
+            cleaned = [piece.translate(CONTROLS) for piece in pieces]
+            texts[row] = Text(where.translate(CONTROLS), list(map(Piece, cleaned, nll, base)))
+        return texts, notes
+
+    def record(self) -> dict[str, Any]:
+        """The numbers, unrounded, for JSON."""
+        chosen = {
+            kind: [{**e._asdict(), "row": int(e.row), "loss_minus_base": e.loss_minus_base} for e in examples]
+            for kind, examples in self.chosen.items()
+        }
+        return {"run": self.run and self.run.name, "split": self.split, **chosen, "notes": self.notes}
+
+    def blocks(self) -> list[str | Table]:
+        """The section's paragraphs and its table."""
+        texts, notes = self.texts
+        unknown = Text(NONE, [])
+        found = [(kind, example) for kind, examples in self.chosen.items() for example in examples]
+        examples = [example for _, example in found]
+        columns = {
+            "conversation": [title(kind) for kind, _ in found],
+            "row": [str(int(example.row)) for example in examples],
+            "place": [texts.get(int(example.row), unknown).where for example in examples],
+            "loss": numbers([example.loss for example in examples], ".4f"),
+            "base loss": numbers([example.base_loss for example in examples], ".4f"),
+            "loss minus base": numbers([example.loss_minus_base for example in examples], "+.4f"),
+            "supervised tokens": numbers([example.supervised_tokens for example in examples], ",.0f"),
+            "first answer": [texts.get(int(example.row), unknown).answer for example in examples],
+        }
+        blocks: list[str | Table] = [f"## Conversations of the {self.split} split"]
+        if self.run and self.chosen:
+            which = (
+                f"Those of {self.run.name} with the highest mean loss, in nats a token, and where the base was "
+                "evaluated those with the largest differences to it; below 0 the adapter is better. The page has their "
+                "texts with the loss of each token. Another run's: `python -m lightning_lab report` with its directory."
+            )
+            table = Table(
+                list(columns), list(zip(*columns.values(), strict=True)), ("conversation", "place", "first answer")
+            )
+            none = [f"{title(kind)}: none" for kind, examples in self.chosen.items() if not examples]
+            blocks += [escape(which), table, *map(escape, none)]
+        return [*blocks, *(f"* {escape(note)}" for note in (*self.notes, *notes))]
+
+
+def title(kind: str) -> str:
+    """A kind of `Diary.chosen` in words."""
+    return kind.replace("_", " ").capitalize()
+
+
+Stored = tuple[str, list[str], list[float | None]]
+
+
+def _read(path: Path, expected: dict[int, tuple[float, float]]) -> tuple[dict[int, Stored], str]:
+    """Read some conversations' places, pieces and losses by row, and say why not, where they cannot be read.
+
+    Args:
+        path: The file.
+        expected: The mean loss and the number of tokens of each row, with which its tokens must agree.
+
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found: dict[int, Stored] = {}
+    try:
+        table = pq.read_table(path, columns=["row", "where", "text", "nll"], filters=[("row", "in", list(expected))])
+        for row, where, pieces, nll in zip(*table.to_pydict().values(), strict=True):
+            loss, tokens = expected[row]
+            mean = sum(value for value in nll if value is not None) / tokens
+            if len(pieces) == len(nll) and math.isclose(mean, loss, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+                found[row] = where, pieces, nll
+    except FileNotFoundError:
+        return {}, f"{path}: not there"
+    except (OSError, pa.ArrowException, TypeError, KeyError, ValueError, ZeroDivisionError) as error:
+        return {}, f"{path}: cannot be read ({' '.join(str(error).split())})"
+    return found, "" if len(found) == len(expected) else f"{path}: is of another evaluation"
