@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import dropwhile, takewhile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_lab.errors import LabError
@@ -20,6 +19,11 @@ TOLERANCE = 1e-3  # of a loss against the float32 losses of its tokens
 # Rows quote the codes that steer terminals, and characters that no page may have: C0 has pictures, C1 has none.
 CONTROLS = {**{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}, 127: 0x2421}
 CONTROLS |= dict.fromkeys(range(128, 160), 0xFFFD)
+
+COLUMNS = (
+    *("conversation", "row", "place", "loss", "base loss", "loss minus base", "supervised tokens", "first answer"),
+)
+Stored = tuple[str, list[str], list[float | None]]
 
 
 class Piece(NamedTuple):
@@ -71,7 +75,7 @@ class Diary:
         self.split = split
         self.run = next((run for run in runs if (run.path / f"{split}{TOKENS}").is_file()), None)
         self.chosen: dict[str, list[Example]] = {}
-        self.notes = []
+        self.notes: list[str] = []
         if runs and self.run is not runs[0]:
             how = evaluation_command(runs[0].path, split)
             self.notes.append(f"{runs[0].name} has no {split}{TOKENS}; `{how}` writes it")
@@ -97,30 +101,47 @@ class Diary:
     @cached_property
     def texts(self) -> tuple[dict[int, Text], list[str]]:
         """The texts of the chosen conversations by row, and why others cannot be shown."""
-        examples = {int(example.row): example for found in self.chosen.values() for example in found}
-        if self.run is None or not examples:
-            return {}, []
-        stored, notes = [], []
-        for name, key in ((self.split, "loss"), (f"{self.split}-{BASE}", "base_loss")):
-            path = self.run.path / f"{name}{TOKENS}"
-            expected = {row: (getattr(e, key), e.supervised_tokens) for row, e in examples.items()}
-            expected = {row: pair for row, pair in expected.items() if pair[0] is not None}
-            found, why = _read(path, expected) if expected else ({}, "")
-            stored.append(found)
-            if why:
-                notes.append(f"{why}; write it anew with `{evaluation_command(self.run.path, name)}`")
+        chosen = [example for examples in self.chosen.values() for example in examples]
+        found, why = self._read(self.split, {e.row: (e.loss, e.supervised_tokens) for e in chosen})
+        compared = {e.row: (e.base_loss, e.supervised_tokens) for e in chosen if e.base_loss is not None}
+        of_base, why_base = self._read(f"{self.split}-{BASE}", compared)
         texts = {}
-        for row, (where, pieces, nll) in stored[0].items():
-            _, same, base = stored[1].get(row, (where, pieces, [None] * len(pieces)))
-            base = base if same == pieces else [None] * len(pieces)
-            cleaned = [piece.translate(CONTROLS) for piece in pieces]
-            texts[row] = Text(where.translate(CONTROLS), list(map(Piece, cleaned, nll, base)))
-        return texts, notes
+        for row, (where, pieces, nll) in found.items():
+            unknown: list[float | None] = [None] * len(pieces)
+            _, same, base_nll = of_base.get(row, (where, pieces, unknown))
+            texts[row] = Text(where, list(map(Piece, pieces, nll, base_nll if same == pieces else unknown)))
+        return texts, why + why_base
+
+    def _read(self, name: str, expected: dict[int, tuple[float, float]]) -> tuple[dict[int, Stored], list[str]]:
+        """Read the places, pieces and losses of some rows of a result, and say why not, where they cannot be read.
+
+        Args:
+            name: The result's.
+            expected: The mean loss and the number of tokens of each row, with which its tokens must agree.
+
+        """
+        if not self.run or not expected:
+            return {}, []
+        import pyarrow.parquet as pq  # a third of a second
+
+        path, found, columns = self.run.path / f"{name}{TOKENS}", {}, ["row", "where", "text", "nll"]
+        why = f"{path}: is of another evaluation"
+        try:
+            table = pq.read_table(path, columns=columns, filters=[("row", "in", list(expected))])
+            for row, where, pieces, nll in zip(*table.to_pydict().values(), strict=True):
+                mean = sum(value for value in nll if value is not None) / expected[row][1]
+                if len(pieces) == len(nll) and math.isclose(mean, expected[row][0], rel_tol=TOLERANCE):
+                    found[row] = where.translate(CONTROLS), [piece.translate(CONTROLS) for piece in pieces], nll
+        except Exception as error:  # whatever Arrow makes of a damaged file
+            why = f"{path}: cannot be read ({' '.join(str(error).split())})"
+        if len(found) == len(expected):
+            return found, []
+        return found, [f"{why}; write it anew with `{evaluation_command(self.run.path, name)}`"]
 
     def record(self) -> dict[str, Any]:
         """The numbers, unrounded, for JSON."""
         chosen = {
-            kind: [{**e._asdict(), "row": int(e.row), "loss_minus_base": e.loss_minus_base} for e in examples]
+            kind: [{**example._asdict(), "loss_minus_base": example.loss_minus_base} for example in examples]
             for kind, examples in self.chosen.items()
         }
         return {"run": self.run and self.run.name, "split": self.split, **chosen, "notes": self.notes}
@@ -128,63 +149,25 @@ class Diary:
     def blocks(self) -> list[str | Table]:
         """The section's paragraphs and its table."""
         texts, notes = self.texts
-        unknown = Text(NONE, [])
-        found = [(kind, example) for kind, examples in self.chosen.items() for example in examples]
-        examples = [example for _, example in found]
-        columns = {
-            "conversation": [title(kind) for kind, _ in found],
-            "row": [str(int(example.row)) for example in examples],
-            "place": [texts.get(int(example.row), unknown).where for example in examples],
-            "loss": numbers([example.loss for example in examples], ".4f"),
-            "base loss": numbers([example.base_loss for example in examples], ".4f"),
-            "loss minus base": numbers([example.loss_minus_base for example in examples], "+.4f"),
-            "supervised tokens": numbers([example.supervised_tokens for example in examples], ",.0f"),
-            "first answer": [texts.get(int(example.row), unknown).answer for example in examples],
-        }
+        rows = []
+        for kind, example in ((kind, example) for kind, examples in self.chosen.items() for example in examples):
+            text = texts.get(example.row, Text(NONE, []))
+            compared = *numbers([example.base_loss], ".4f"), *numbers([example.loss_minus_base], "+.4f")
+            figures = f"{example.loss:.4f}", *compared, f"{example.supervised_tokens:,.0f}"
+            rows.append((title(kind), str(example.row), text.where, *figures, text.answer))
         blocks: list[str | Table] = [f"## Conversations of the {self.split} split"]
-        if self.run and self.chosen:
+        if self.run and rows:
             which = (
                 f"Those of {self.run.name} with the highest mean loss, in nats a token, and where the base was "
                 "evaluated those with the largest differences to it; below 0 the adapter is better. The page has their "
                 "texts with the loss of each token. Another run's: `python -m lightning_lab report` with its directory."
             )
-            table = Table(
-                list(columns), list(zip(*columns.values(), strict=True)), ("conversation", "place", "first answer")
-            )
-            none = [f"{title(kind)}: none" for kind, examples in self.chosen.items() if not examples]
-            blocks += [escape(which), table, *map(escape, none)]
-        return [*blocks, *(f"* {escape(note)}" for note in (*self.notes, *notes))]
+            blocks += [escape(which), Table(COLUMNS, rows, ("conversation", "place", "first answer"))]
+        none = [f"{title(kind)}: none." for kind, examples in self.chosen.items() if not examples]
+        items = [f"* {escape(note)}" for note in (*none, *self.notes, *notes)]
+        return [*blocks, "\n".join(items)] if items else blocks
 
 
 def title(kind: str) -> str:
     """A kind of `Diary.chosen` in words."""
     return kind.replace("_", " ").capitalize()
-
-
-Stored = tuple[str, list[str], list[float | None]]
-
-
-def _read(path: Path, expected: dict[int, tuple[float, float]]) -> tuple[dict[int, Stored], str]:
-    """Read some conversations' places, pieces and losses by row, and say why not, where they cannot be read.
-
-    Args:
-        path: The file.
-        expected: The mean loss and the number of tokens of each row, with which its tokens must agree.
-
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    found: dict[int, Stored] = {}
-    try:
-        table = pq.read_table(path, columns=["row", "where", "text", "nll"], filters=[("row", "in", list(expected))])
-        for row, where, pieces, nll in zip(*table.to_pydict().values(), strict=True):
-            loss, tokens = expected[row]
-            mean = sum(value for value in nll if value is not None) / tokens
-            if len(pieces) == len(nll) and math.isclose(mean, loss, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
-                found[row] = where, pieces, nll
-    except FileNotFoundError:
-        return {}, f"{path}: not there"
-    except (OSError, pa.ArrowException, TypeError, KeyError, ValueError, ZeroDivisionError) as error:
-        return {}, f"{path}: cannot be read ({' '.join(str(error).split())})"
-    return found, "" if len(found) == len(expected) else f"{path}: is of another evaluation"

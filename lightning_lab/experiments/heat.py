@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lightning_lab.experiments.diary import Diary, Piece, title
 from lightning_lab.experiments.runs import Example
 
-EDGES = (0.25, 0.5, 1.0, 2.0, 4.0)  # nats, at which the next darker colour begins
+# Nats at which the next darker colour begins: of a loss, and of a difference to the base's either way.
+LOSSES = (0.5, 1.0, 2.0, 4.0, 8.0)
+DIFFERENCES = (0.1, 0.25, 0.5, 1.0, 2.0)
 # Characters of a conversation that are shown. Nine conversations of one token a character are 2.5 MB of HTML, of
 # English 0.5 MB.
 MOST_CHARACTERS = 4_000
@@ -22,21 +24,22 @@ def heat(diary: Diary) -> str:
     parts = []
     for kind, examples in diary.chosen.items():
         for number, example in enumerate(examples, start=1):
-            if text := texts.get(int(example.row)):
+            if text := texts.get(example.row):
                 compared = kind != "worst" and any(piece.base_nll is not None for piece in text.pieces)
                 parts.append(_conversation(f"{title(kind)} {number}: {text.where}", example, text.pieces, compared))
     return "".join([_legend(), *parts]) if parts else ""
 
 
 def _legend() -> str:
-    below = f"<span>below {EDGES[0]:g}</span>"
-    worse, better = (
-        "".join(f'<span class="{kind}{i}">{edge:g}</span>' for i, edge in enumerate(EDGES, 1)) for kind in "wb"
-    )
+    def scale(kind: str, edges: Sequence[float], form: str) -> list[str]:
+        return [f'<span class="{kind}{level}">{edge:{form}}</span>' for level, edge in enumerate(edges, start=1)]
+
+    lower = scale("b", [-edge for edge in DIFFERENCES], "+g")[::-1]
+    higher = scale("w", DIFFERENCES, "+g")
     return (
-        f'<p class="heat legend">Loss of a token in nats, from: {below}{worse} Masked text is <span class="masked">dim'
-        f"</span>.<br>Difference to the base: higher loss {below}{worse} lower loss {below}{better} A token's number "
-        "shows when the pointer rests on it.</p>\n"
+        f'<p class="heat legend">Loss of a token, nats: <span>0</span>{"".join(scale("w", LOSSES, "g"))}<br>Loss minus '
+        f"base: {''.join(lower)}<span>0</span>{''.join(higher)}<br>Each colour begins at its number; resting the "
+        'pointer on a token shows its own. Masked text is <span class="masked">dim</span></p>\n'
     )
 
 
@@ -67,7 +70,7 @@ def _spans(pieces: list[Piece], compared: bool) -> Iterator[str]:
             difference = nll - base_nll if compared and base_nll is not None else None
             value = nll if difference is None else difference
             number = f"{nll:.2f}" if difference is None else f"{difference:+.2f}, loss {nll:.2f}"
-            level = bisect_right(EDGES, abs(value))
+            level = bisect_right(LOSSES if difference is None else DIFFERENCES, abs(value))
             colour = f' class="{"w" if value > 0 else "b"}{level}"' if level else ""
             yield f'<span{colour} title="{number}">{html.escape(shown)}</span>'
     if cut:

@@ -23,7 +23,7 @@ SEED = "seed_everything"  # runs that differ in nothing else are one setting ove
 # Where a run writes its results, and with what it names its parts; never what makes one run differ from another.
 UNCOMPARED = ("run_dir", "trainer.default_root_dir")
 DAMAGED = "the run directory is damaged"
-MOST = 2**63  # steps or parameters
+MOST = 2**63  # steps, parameters or rows
 
 
 class Example(NamedTuple):
@@ -37,7 +37,7 @@ class Example(NamedTuple):
 
     """
 
-    row: float
+    row: int
     loss: float
     supervised_tokens: float
     base_loss: float | None = None
@@ -152,10 +152,11 @@ class Run:
         for line, text in enumerate(lines, start=2):
             cells = dict(zip(header.split(","), text.split(","), strict=False))
             try:
-                row = float(cells["row"])
+                if abs(row := int(cells["row"])) >= MOST:
+                    raise ValueError
                 base = float(cells.get("base_loss") or math.nan)
-                known = base if math.isfinite(base) else None
-                found[row] = Example(row, float(cells["loss"]), float(cells["supervised_tokens"]), known)
+                figures = float(cells["loss"]), float(cells["supervised_tokens"])
+                found[row] = Example(row, *figures, base if math.isfinite(base) else None)
             except (KeyError, ValueError):
                 raise LabError(f"{path} line {line}: needs row, loss and supervised_tokens; evaluate again") from None
         tokens = sum(example.supervised_tokens for example in found.values())
