@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 NONE = "–"
-# Code, which ends at the next run of as many backticks as it begins with and stays; emphasis, HTML, entities, links, and
-# what begins a heading, a list, a quotation or a block of code. An underscore within a word is none of these.
+# Code stays; it ends at the next run of as many backticks as it begins with. Emphasis, HTML, entities, links, and what
+# begins a heading, a list, a quotation or a block of code. An underscore within a word is none of these.
 CODE_OR_MARKUP = re.compile(
     r"(?P<run>(?<!`)`+(?!`)).+?(?<!`)(?P=run)(?!`)"
     r"|[\\*<]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|\](?=[(\[:])|^(?=>|~~~|```|[-+#]+(?:\s|$))"

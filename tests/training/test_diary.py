@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def plain_losses(model: Any, data: ChatDataModule, row: int) -> list[float]:
     ids, labels = data.tokenized.input_ids(row).tolist(), data.tokenized.labels(row).tolist()
     edges = [0, *data.tokenized.example(row).starts, len(ids)]
     found = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         logits = model(input_ids=torch.tensor([ids[start:end]])).logits[0, :-1]
         targets = torch.tensor(labels[start + 1 : end])
         losses = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
@@ -215,6 +216,6 @@ def test_pieces_are_the_whole_text_and_lose_nothing(tokenizer: Any, text: str, m
     assert "".join(texts) == tokenizer.decode(ids, skip_special_tokens=False)
     assert sum(value or 0 for value in sums) == sum(value or 0 for value in nll)
     assert len(texts) == len(sums)
-    assert all(a is not None or b is not None for a, b in zip(sums, sums[1:], strict=False))
+    assert all(a is not None or b is not None for a, b in pairwise(sums))
     if "�" not in tokenizer.decode(ids):  # SmolLM2 has no token for some bytes
         assert not any("�" in piece for piece in texts)
