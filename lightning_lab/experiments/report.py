@@ -7,6 +7,9 @@ standard output as Markdown, and with losses.png as report.md and report.html (o
   python -m lightning_lab report runs --reference seed           all runs in runs/, beside the lab's numbers
   python -m lightning_lab report --compare runs/demo runs/demo-2 is the difference real?
 
+Of the first run in the ranking whose tokens' losses are there, it shows the conversations with the highest loss, and
+beside `test --ckpt_path base` those that were improved and harmed most; report.html has their texts, token by token.
+
 exit status: 0; 2 where a run is damaged (the others are still reported) or nothing could be read
 """
 
