@@ -24,6 +24,7 @@ BASE = "base"
 CONFIG, ENVIRONMENT, METRICS, LOSSES = "config.yaml", "environment.json", "metrics.csv", "losses.md"
 SAMPLES, CURVE, CHECKPOINTS, LOCK = "samples.md", "loss_curve.png", "checkpoints", ".lock"
 ROWS = "rows.parquet"  # among the checkpoints: what the run trained on and held out
+EXAMPLES, TOKENS = "_examples.csv", "_tokens.parquet"  # behind a result's name
 TRAIN_COLUMNS = (
     "epoch",
     "train_loss",

@@ -8,9 +8,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 NONE = "–"
-# Emphasis, code, HTML, entities, links, and what begins a heading, a list or a quotation. An underscore within a word
-# is none of these.
-MARKUP = re.compile(r"[\\*<]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|\](?=[(\[:])|^(?=>|~~~|[-+#]+(?:\s|$))")
+# Code stays; it ends at the next run of as many backticks as it begins with. Emphasis, HTML, entities, links, and what
+# begins a heading, a list, a quotation or a block of code. An underscore within a word is none of these.
+CODE_OR_MARKUP = re.compile(
+    r"(?P<run>(?<!`)`+(?!`)).+?(?<!`)(?P=run)(?!`)"
+    r"|[\\*<]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|\](?=[(\[:])|^(?=>|~~~|```|[-+#]+(?:\s|$))"
+)
 
 
 class Best(str):
@@ -71,8 +74,7 @@ def numbers(
 
 def escape(text: str) -> str:
     """Text on one line whose characters Markdown shows as they are; what stands between backticks is code."""
-    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
-    line = "".join(part if place % 2 else MARKUP.sub(r"\\\g<0>", part) for place, part in enumerate(parts))
+    line = CODE_OR_MARKUP.sub(lambda found: found[0] if found["run"] else f"\\{found[0]}", " ".join(text.split()))
     return re.sub(r"^(\d+)(?=[.)](?:\s|$))", r"\1\\", line)  # no numbered list
 
 

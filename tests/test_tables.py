@@ -50,6 +50,20 @@ def test_code_stays_code() -> None:
     )
 
 
+@settings(deadline=None)
+@given(st.text("`<b>\\|a ", min_size=1, max_size=14).filter(str.strip))
+@example("`<b>``")
+@example("`a``b`<b>`")
+@example("```<b>")
+def test_backticks_let_no_markup_through(text: str) -> None:
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+    for markdown in (f"* {escape(text)}", f"a {escape(text)}", Table(["c"], [[text]], ["c"]).markdown()):
+        tokens = parser.parse(markdown)
+        assert not {token.type for token in tokens} & {"fence", "html_block"}
+        inline = {child.type for token in tokens for child in token.children or ()}
+        assert inline <= {"text", "text_special", "code_inline"}, markdown
+
+
 def test_a_table_lines_up() -> None:
     table = Table(["run", "loss"], [["a | b", Best("1.5")], ["c", "12.25"]], ["run"])
     assert table.markdown() == ("| run    |  loss |\n|--------|------:|\n| a \\| b |   1.5 |\n| c      | 12.25 |")

@@ -205,7 +205,8 @@ def _paired(a: Run, b: Run, split: str) -> tuple[np.ndarray, np.ndarray, np.ndar
 
     """
     both = f"{a.name} and {b.name} cannot be compared on {split}"
-    (rows_a, loss_a, tokens_a), (rows_b, loss_b, tokens_b) = (np.reshape(r.examples(split), (-1, 3)).T for r in (a, b))
+    examples = ([example[:3] for example in run.examples(split)] for run in (a, b))
+    (rows_a, loss_a, tokens_a), (rows_b, loss_b, tokens_b) = (np.reshape(own, (-1, 3)).T for own in examples)
     prints = [run.evaluations.get(split, {}).get("data_fingerprint") for run in (a, b)]
     if None in prints or prints[0] != prints[1]:
         settings = [key for key in differing_settings([a, b]) if key.startswith("data.") or key == "model.base"]

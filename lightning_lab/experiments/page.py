@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 BOX = '<div class="box" role="region" aria-label="table" tabindex="0">\n<table>'  # scrolls where it is too wide
 
 
-def page(title: str, markdown: str, picture: str, svg: bytes) -> str:
+def page(title: str, markdown: str, picture: str, svg: bytes, conversations: str = "") -> str:
     """The page.
 
     Args:
@@ -20,6 +20,7 @@ def page(title: str, markdown: str, picture: str, svg: bytes) -> str:
         markdown: Its content.
         picture: The file that the content's image names.
         svg: What takes its place.
+        conversations: HTML that follows the content.
 
     """
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
@@ -28,4 +29,4 @@ def page(title: str, markdown: str, picture: str, svg: bytes) -> str:
     for old, new in ((f'src="{picture}"', f'src="{source}"'), ("<table>", BOX), ("</table>", "</table>\n</div>")):
         body = body.replace(old, new)
     shell = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    return shell.substitute(title=html.escape(title), body=body)
+    return shell.substitute(title=html.escape(title), body=body, conversations=conversations)

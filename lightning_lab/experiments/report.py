@@ -7,6 +7,9 @@ standard output as Markdown, and with losses.png as report.md and report.html (o
   python -m lightning_lab report runs --reference seed           all runs in runs/, beside the lab's numbers
   python -m lightning_lab report --compare runs/demo runs/demo-2 is the difference real?
 
+Of the first run in the ranking whose tokens' losses are there, it shows the conversations with the highest loss, and
+beside `test --ckpt_path base` those that were improved and harmed most; report.html has their texts, token by token.
+
 exit status: 0; 2 where a run is damaged (the others are still reported) or nothing could be read
 """
 
@@ -23,6 +26,7 @@ from typing import Any, NoReturn
 from lightning_lab import plots
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.compare import compare
+from lightning_lab.experiments.heat import heat
 from lightning_lab.experiments.page import page
 from lightning_lab.experiments.runs import REPORT_FILES, SWEEP_FILE, Run
 from lightning_lab.experiments.sections import comparison_markdown, document
@@ -50,7 +54,7 @@ def write_report(summary: Summary, out: Path) -> None:
         print(f"warning: {out / REPORT_FILES[-1]} is empty: it could not be drawn ({error})", file=sys.stderr)
         svg = png = b""
     make_directory(out)
-    html = page(summary.title, document(summary, marked=True), REPORT_FILES[-1], svg)
+    html = page(summary.title, document(summary, marked=True), REPORT_FILES[-1], svg, heat(summary.diary))
     contents: tuple[str | bytes, ...] = document(summary), html, png
     for name, content in zip(REPORT_FILES, contents, strict=True):
         write_whole(out / name, content)

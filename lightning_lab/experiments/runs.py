@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_lab import files, rundir
 from lightning_lab.errors import LabError
@@ -23,7 +23,29 @@ SEED = "seed_everything"  # runs that differ in nothing else are one setting ove
 # Where a run writes its results, and with what it names its parts; never what makes one run differ from another.
 UNCOMPARED = ("run_dir", "trainer.default_root_dir")
 DAMAGED = "the run directory is damaged"
-MOST = 2**63  # steps or parameters
+MOST = 2**63  # steps, parameters or rows
+
+
+class Example(NamedTuple):
+    """A held-out conversation.
+
+    Attributes:
+        row: In the source.
+        loss: Mean negative log-likelihood of its supervised tokens, nats.
+        supervised_tokens: Their number.
+        base_loss: The untouched base's; None where that is not known.
+
+    """
+
+    row: int
+    loss: float
+    supervised_tokens: float
+    base_loss: float | None = None
+
+    @property
+    def loss_minus_base(self) -> float | None:
+        """Below 0 where the adapter is better than the base."""
+        return None if self.base_loss is None else self.loss - self.base_loss
 
 
 class Run:
@@ -112,33 +134,33 @@ class Run:
         self.tokens_per_second = tokens / self.seconds if self.seconds else None
         self.peak_memory_mib = max((row["peak_memory_mib"] for row in train if "peak_memory_mib" in row), default=None)
 
-    def examples(self, split: str) -> list[tuple[float, float, float]]:
+    def examples(self, split: str) -> list[Example]:
         """Read ``<split>_examples.csv``.
 
         Returns:
-            Of each conversation its row in the source, by which they are sorted, the mean negative log-likelihood of
-            its supervised tokens in nats, and their number.
+            The conversations, sorted by row.
 
         Raises:
             LabError: The split has not been evaluated, or the file is damaged or contradicts ``<split>.json``.
 
         """
-        path = self.path / f"{split}_examples.csv"
+        path = self.path / f"{split}{rundir.EXAMPLES}"
         if not path.is_file():
-            command = "validate" if split.startswith("validation") else "test"
-            how = f"{command} --run_dir {self.path} --ckpt_path {'base' if split.endswith('-base') else 'best'}"
-            raise LabError(f"{path}: not there; make it with `python -m lightning_lab {how}`")
+            raise LabError(f"{path}: not there; make it with `{evaluation_command(self.path, split)}`")
         found = {}
         header, *lines = path.read_text(errors="replace").splitlines() or [""]
         for line, text in enumerate(lines, start=2):
             cells = dict(zip(header.split(","), text.split(","), strict=False))
             try:
-                row = float(cells["row"])
-                found[row] = row, float(cells["loss"]), float(cells["supervised_tokens"])
+                if abs(row := int(cells["row"])) >= MOST:
+                    raise ValueError
+                base = float(cells.get("base_loss") or math.nan)
+                figures = float(cells["loss"]), float(cells["supervised_tokens"])
+                found[row] = Example(row, *figures, base if math.isfinite(base) else None)
             except (KeyError, ValueError):
                 raise LabError(f"{path} line {line}: needs row, loss and supervised_tokens; evaluate again") from None
-        tokens = sum(count for _, _, count in found.values())
-        loss = sum(mean * count for _, mean, count in found.values()) / (tokens or math.nan)
+        tokens = sum(example.supervised_tokens for example in found.values())
+        loss = sum(example.loss * example.supervised_tokens for example in found.values()) / (tokens or math.nan)
         recorded = self.evaluations.get(split, {})
         recorded_loss = recorded.get(f"{split.removesuffix('-base')}_loss", math.nan)
         # Both come from the same float64 sums, so that anything beyond rounding is damage, or another evaluation.
@@ -148,6 +170,13 @@ class Run:
             said = f"{split}.json says {recorded_loss:.6f} over {recorded.get('supervised_tokens')}"
             raise LabError(f"{path}: {what}, {said}; train or evaluate {self.name} again")
         return sorted(found.values())
+
+
+def evaluation_command(run_dir: Path, name: str) -> str:
+    """The command that makes a result of a run, such as ``test-base``."""
+    command = "validate" if name.startswith("validation") else "test"
+    model = rundir.BASE if name.endswith(f"-{rundir.BASE}") else "best"
+    return f"python -m lightning_lab {command} --run_dir {run_dir} --ckpt_path {model}"
 
 
 def read_sweep(directory: Path) -> list[dict[str, Any]]:

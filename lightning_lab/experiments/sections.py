@@ -43,6 +43,8 @@ def document(summary: Summary, *, marked: bool = False) -> str:
         blocks += _seeds(summary.seeds)
     if several:
         blocks += [f"## Comparisons on the {summary.split} split", *_comparisons(summary)]
+    if runs:
+        blocks += summary.diary.blocks()
     return "\n\n".join(b if isinstance(b, str) else b.markdown(marked=marked) for b in blocks) + "\n"
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.compare import compare
+from lightning_lab.experiments.diary import Diary
 from lightning_lab.experiments.reference import published
 from lightning_lab.experiments.runs import SEED, SWEEP_FILE, Run, differing_settings, read_sweep, run_directories
 from lightning_lab.files import flatten
@@ -38,6 +39,7 @@ class Summary:
         split: On which runs are compared.
         comparisons: Each other run against the first.
         not_compared: Why those that are not compared cannot be.
+        diary: The conversations that say most of the best run.
         reference: The lab's numbers, where they are asked for: see `reference.published`.
 
     Raises:
@@ -56,6 +58,7 @@ class Summary:
         self.seeds = over_seeds(self.runs, [key for key in self.settings if key != SEED])
         self.split = split
         self.comparisons, self.not_compared = compare([run for run in self.runs if run.best], split)
+        self.diary = Diary(self.runs, split)
         self.reference = published() if reference else None
 
     def record(self) -> dict[str, Any]:
@@ -69,7 +72,8 @@ class Summary:
             }
             for rank, run in enumerate(self.runs, start=1)
         ]
-        return {**vars(self), "runs": runs, "comparisons": [comparison.record() for comparison in self.comparisons]}
+        comparisons = [comparison.record() for comparison in self.comparisons]
+        return {**vars(self), "runs": runs, "comparisons": comparisons, "diary": self.diary.record()}
 
 
 def find(paths: Sequence[Path]) -> tuple[list[Run], list[str], list[dict[str, Any]]]:

@@ -297,7 +297,7 @@ class QLoRAModule(Lifecycle):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self._sums = EvaluationSums(self.trained_rows)
+        self._sums = EvaluationSums(self.trained_rows, keep_tokens=self.trainer.state.fn != "fit")
 
     on_test_epoch_start = on_validation_epoch_start
 

@@ -13,7 +13,7 @@ from tests.experiments.directories import BASELINE, R32, lab_rows, write_lab_run
 class Page(HTMLParser):
     """Tags with their attributes, and the text; fails on a tag that is not closed."""
 
-    VOID = ("meta", "link", "img")
+    VOID = ("meta", "link", "img", "br")
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -234,7 +234,15 @@ class TestExamples:
     def test_in_the_order_of_the_rows(self, tmp_path: Path) -> None:
         content = "row,loss,supervised_tokens\r\n257,3.5,50\r\n148,4.25,50\r\n"
         examples = Run(self.write(tmp_path / "a", content)).examples("test")
-        assert examples == [(148, 4.25, 50), (257, 3.5, 50)]
+        assert examples == [(148, 4.25, 50, None), (257, 3.5, 50, None)]
+
+    def test_beside_the_base(self, tmp_path: Path) -> None:
+        header = "row,loss,supervised_tokens,base_loss,loss_minus_base\r\n"
+        content = f"{header}257,3.5,50,5.0,-1.5\r\n148,4.25,25,,\r\n149,4.25,25,nan,nan\r\n"
+        examples = Run(self.write(tmp_path / "a", content)).examples("test")
+        assert [(e.row, e.base_loss, e.loss_minus_base) for e in examples] == [
+            *((148, None, None), (149, None, None), (257, 5.0, -1.5)),
+        ]
 
     @pytest.mark.parametrize(
         ("rows", "line"),
@@ -243,6 +251,8 @@ class TestExamples:
             ("row,loss,supervised_tokens\n1,2.0\n", 2),
             ("row,loss\n1,2.0\n", 2),
             (b"row,loss,supervised_tokens\n\xff", 2),
+            ("row,loss,supervised_tokens,base_loss\n1,3.875,100,x\n", 2),
+            (f"row,loss,supervised_tokens\n{2**63},3.875,100\n", 2),
         ],
     )
     def test_damage(self, tmp_path: Path, rows: str | bytes, line: int) -> None:

@@ -563,3 +563,5 @@ class TestEvaluationMode:
         runner.fit(dry, datamodule=data)
         assert dry.evaluation.loss == pytest.approx(loss, abs=1e-6)
         assert wet.evaluation.tokens.tolist() == dry.evaluation.tokens.tolist()
+        assert len(wet.evaluation.token_nll) == sum(wet.evaluation.tokens)
+        assert dry.evaluation.token_nll is None  # the validations of a fit keep none

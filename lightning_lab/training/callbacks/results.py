@@ -1,4 +1,4 @@
-"""Results of `validate` and `test`: ``<split>.json``, ``<split>_examples.csv``, and a table of all there are.
+"""Results of `validate` and `test`: ``<split>.json``, losses by conversation and token, and a table of all there are.
 
 Those of other conversations than the run's own, whatever file they are in, are ``<split>@<source>.json`` and so on.
 """
@@ -22,6 +22,7 @@ from lightning_lab import files, rundir
 from lightning_lab.data.batching import SPLITS
 from lightning_lab.tables import NONE, Table
 from lightning_lab.training import held_out
+from lightning_lab.training.callbacks.diary import write_diary
 from lightning_lab.training.callbacks.record import write_losses
 from lightning_lab.training.module import QLoRAModule
 
@@ -86,11 +87,14 @@ class Results(pl.Callback):
         files.write_whole(self.run_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
         examples = zip(found.rows.tolist(), found.nll.tolist(), found.tokens.tolist(), strict=True)
         lines = [f"{row},{nll / tokens!r},{tokens}\r\n" for row, nll, tokens in examples]
-        files.write_whole(self.run_dir / f"{name}_examples.csv", "".join(["row,loss,supervised_tokens\r\n", *lines]))
+        written = [f"{name}.json", f"{name}{rundir.EXAMPLES}"]
+        files.write_whole(self.run_dir / written[1], "".join(["row,loss,supervised_tokens\r\n", *lines]))
+        if data and write_diary(self.run_dir, name, record, found, data):
+            written.append(f"{name}{rundir.TOKENS}")
         if name == "validation-base" and (self.run_dir / rundir.METRICS).exists():
             write_losses(self.run_dir, self.window)  # the base becomes its first row
         print(results_table(self.run_dir).markdown())
-        print(f"written: {self.run_dir / name}.json, {name}_examples.csv", file=sys.stderr)
+        print(f"written: {self.run_dir}/{', '.join(written)}", file=sys.stderr)
 
     def _other_name(self, name: str, record: Mapping[str, Any], *, may_be_own: bool) -> str:
         """A name that no result of other conversations has."""
