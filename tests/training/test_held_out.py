@@ -254,3 +254,17 @@ def test_validate_looks_at_the_validation_split(module: QLoRAModule, data: Any, 
     everything = data(source, split=[0, 500, 0])
     with pytest.raises(LabError, match=r"of the 500 validation conversations were trained on: "):
         trainer().validate(module, everything, ckpt_path=LAST, weights_only=True, verbose=False)
+
+
+def test_rows_stay_in_their_splits_when_a_run_goes_on(data: Any, chats: list[Chat]) -> None:
+    """The same 500 rows in the same order, of which the last 50 are the test split, and then are dealt out."""
+    first, last = write(Path("first.jsonl"), chats[:450]), write(Path("last.jsonl"), chats[450:])
+    settings = {"split": [0.8, 0.1, 0.1]}
+    held, dealt = data(first, test_source=last, **settings), data([first, last], **settings)
+    again = data(first, test_source=write(Path("renamed-last.jsonl"), chats[450:]), **settings)
+    for each in (held, dealt, again):
+        each.prepare(progress=False)
+    began = resume.data_identity(held)
+    resume.check_data(began, again)
+    with pytest.raises(LabError, match=r"^the rows are the same, but not those of the split train, validation, test; "):
+        resume.check_data(began, dealt)
