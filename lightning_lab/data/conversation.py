@@ -44,12 +44,14 @@ class Prompt(NamedTuple):
         row: The conversation's row in its source.
         conversation: The turns before the answer.
         reference: The last answer; None where nobody has given one.
+        content: Hash of the conversation with its answer, of ``predict_source`` where there is one.
 
     """
 
     row: int
     conversation: Conversation
     reference: str | None
+    content: int | None = None
 
     @classmethod
     def of(cls, row: int, conversation: Conversation) -> "Prompt | None":

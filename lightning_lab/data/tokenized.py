@@ -210,13 +210,13 @@ def _encode(rows: Rows, encoder: ConversationEncoder, row_format: RowFormat, fir
             "truncated": [encoded.truncated for encoded in kept],
             "reason": [str(result) if isinstance(result, RowError) else None for result in results],
             "too_long": [isinstance(result, RowTooLongError) for result in results],
-            "content": [None if isinstance(said, RowError) else _content(said) for said in conversations],
+            "content": [None if isinstance(said, RowError) else content_hash(said) for said in conversations],
         },
         _SCHEMA,
     )
 
 
-def _content(conversation: Conversation) -> int:
+def content_hash(conversation: Conversation) -> int:
     """A hash of what is said; 8 bytes, so that two of a million differ in all but 1 of 10 million data sets."""
     said = [(m.role, m.content.strip(), [call["function"] for call in m.tool_calls]) for m in conversation.messages]
     text = json.dumps([said, conversation.tools], sort_keys=True, default=str)

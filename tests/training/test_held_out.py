@@ -268,3 +268,39 @@ def test_rows_stay_in_their_splits_when_a_run_goes_on(data: Any, chats: list[Cha
     resume.check_data(began, again)
     with pytest.raises(LabError, match=r"^the rows are the same, but not those of the split train, validation, test; "):
         resume.check_data(began, dealt)
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"run/{name}.jsonl").read_text().splitlines()]
+
+
+def test_answers_to_other_prompts_stand_beside_the_runs_own(
+    module: QLoRAModule, data: Any, chats: list[Chat], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def predict(source: str, **changes: Any) -> str:
+        trainer(limit_predict_batches=1).predict(module, data(source, **changes), ckpt_path=LAST, weights_only=True)
+        return capsys.readouterr().err
+
+    module.hparams.max_new_tokens = 1
+    others = [(f"Is {i} even?", f"{i} is.") for i in range(20)]
+    assert "trained on" not in predict(write(Path("chats.jsonl"), chats))
+    own = lines("predictions-test")
+    asked = [chat[0] for chat in permuted(chats)["test"][:8]]
+    assert [line["messages"][-1]["content"] for line in own] == asked
+    predict(write(Path("new.jsonl"), others[:10]), split=[0, 0, 10])
+    assert lines("predictions-test") == own
+    assert len(lines("predictions-test@new")) == 8
+    # of a file of its own: two of training, one of them with another answer, and one without any
+    (question, answer), (second, _) = permuted(chats)["train"][:2]
+    mixed = [(question, answer), others[0], (second, "Another.")]
+    prompt = json.dumps({"prompt": question}) + "\n"
+    for folder, rows in (("a", mixed), ("b", others), ("a", mixed)):
+        Path(folder).mkdir(exist_ok=True)
+        with Path(write(Path(folder, "new.jsonl"), rows)).open("a") as file:
+            file.write(prompt)
+        said = predict("chats.jsonl", predict_source=f"{folder}/new.jsonl")
+        assert ("warning: 1 conversations to answer were trained on" in said) == (folder == "a")
+    assert {path.stem for path in Path("run").glob("predictions*")} == {
+        *("predictions-test", "predictions-test@new", "predictions@new", "predictions@new-2")
+    }
+    assert [line.get("trained") for line in lines("predictions@new")] == [True, None, None, None]
