@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ class Evaluation:
 
     Attributes:
         rows: ``[C]`` int64, each conversation's row in the source.
-        nll: ``[C]`` float64, its summed negative log-likelihood in nats.
+        nll: ``[C]`` float64, its summed negative log-likelihood in nats, each token's times its weight.
         tokens: ``[C]`` int64, its supervised tokens.
+        weight: ``[C]`` float64, the sum of their weights: their number, unless weights are asked for.
         correct: ``[C]`` int64, those of them that were the most likely token.
         hf_batch_size: Conversations in the batches that `loss_hf` imitates.
         trained: The conversations that were trained on, which are not among these; None if there were none.
@@ -29,20 +31,22 @@ class Evaluation:
     rows: Tensor
     nll: Tensor
     tokens: Tensor
+    weight: Tensor
     correct: Tensor
     hf_batch_size: int = 8  # Hugging Face's default
     trained: Evaluation | None = None
 
     @property
     def loss(self) -> float:
-        """Sum of NLL / supervised tokens, in nats per token."""
-        return (self.nll.sum() / self.tokens.sum()).item()  # NaN of no conversation
+        """Sum of NLL / supervised tokens (or their weights), in nats per token."""
+        return (self.nll.sum() / self.weight.sum()).item()  # NaN of no conversation
 
     def apart(self, rows: Sequence[int]) -> tuple[Evaluation, Evaluation]:
         """The other conversations, and those of some rows of the source."""
 
         def chosen(which: Tensor) -> Evaluation:
-            return replace(self, **{key: getattr(self, key)[which] for key in ("rows", "nll", "tokens", "correct")})
+            keys = ("rows", "nll", "tokens", "weight", "correct")
+            return replace(self, **{key: getattr(self, key)[which] for key in keys})
 
         those = torch.isin(self.rows, torch.tensor(rows, dtype=torch.int64))
         return chosen(~those), chosen(those)
@@ -53,8 +57,8 @@ class Evaluation:
 
         Not token-weighted, and different for another batch size: only for comparison with published tables.
         """
-        nll, tokens = self.nll.split(self.hf_batch_size), self.tokens.split(self.hf_batch_size)
-        means = torch.stack([n.sum() / t.sum() for n, t in zip(nll, tokens, strict=True)])
+        nll, weight = self.nll.split(self.hf_batch_size), self.weight.split(self.hf_batch_size)
+        means = torch.stack([n.sum() / w.sum() for n, w in zip(nll, weight, strict=True)])
         sizes = torch.tensor([len(n) for n in nll], dtype=means.dtype)
         return ((means * sizes).sum() / sizes.sum()).item()
 
@@ -74,12 +78,13 @@ class EvaluationSums:
 
     Args:
         trained_rows: Rows of the source to keep apart, as they were trained on.
+        weighted: Whether the data's weights count; else each supervised token has 1.
 
     """
 
-    def __init__(self, trained_rows: Sequence[int] = ()) -> None:
-        self._trained_rows = trained_rows
-        self._device: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, trained_rows: Sequence[int] = (), weighted: bool = False) -> None:
+        self._trained_rows, self._weighted = trained_rows, weighted
+        self._device: list[tuple[Tensor, Tensor, Tensor]] = []
         self._host: list[tuple[int, int, int]] = []
 
     def add(self, batch: MicroBatch, nll: Tensor, correct: Tensor) -> None:
@@ -92,27 +97,31 @@ class EvaluationSums:
 
         """
         conversations = len(batch.documents)
+        given = batch.weights if self._weighted else None
+        weights = torch.ones_like(nll, dtype=torch.float64) if given is None else given.double()
         # float64: a sum over any packing then rounds to the same float32
-        sums = torch.zeros(conversations, dtype=torch.float64, device=nll.device)
+        sums, weight = torch.zeros(2, conversations, dtype=torch.float64, device=nll.device)
         hits = torch.zeros(conversations, dtype=torch.int64, device=nll.device)
-        sums.index_add_(0, batch.target_documents, nll.double())
+        sums.index_add_(0, batch.target_documents, nll.double() * weights)
+        weight.index_add_(0, batch.target_documents, weights)
         hits.index_add_(0, batch.target_documents, correct.long())
-        self._device.append((sums, hits))
+        self._device.append((sums, weight, hits))
         self._host += zip(batch.documents, batch.rows, batch.target_counts, strict=True)
 
     def evaluation(self, world_size: int, hf_batch_size: int = 8) -> Evaluation:
         """Return what all processes found."""
-        sums, hits = (torch.cat(parts).tolist() for parts in zip(*self._device, strict=True))
-        found = [(*host, nll, correct) for host, nll, correct in zip(self._host, sums, hits, strict=True)]
+        sums = (torch.cat(parts).tolist() for parts in zip(*self._device, strict=True))
+        found = [(*host, *own) for host, *own in zip(self._host, *sums, strict=True)]
         if world_size > 1:
-            shares: list[list[tuple[int, int, int, float, int]]] = [[] for _ in range(world_size)]
+            shares: list[list[tuple[Any, ...]]] = [[] for _ in range(world_size)]
             torch.distributed.all_gather_object(shares, found)
             found = [conversation for share in shares for conversation in share]
-        _, rows, tokens, nll, correct = zip(*sorted(found), strict=True)
+        _, rows, tokens, nll, weight, correct = zip(*sorted(found), strict=True)
         every = Evaluation(
             rows=torch.tensor(rows),
             nll=torch.tensor(nll, dtype=torch.float64),
             tokens=torch.tensor(tokens),
+            weight=torch.tensor(weight, dtype=torch.float64),
             correct=torch.tensor(correct),
             hf_batch_size=hf_batch_size,
         )
