@@ -31,7 +31,7 @@ from lightning_lab.hub import cache_dir
 OnBadRow = Literal["error", "drop"]
 
 # Part of the cache key: raise it whenever the columns, or what parsing or rendering makes of the same input, change.
-_FORMAT = 6
+_FORMAT = 7
 _BATCH_ROWS = 256  # bounds the memory of preparation; more is no faster
 _OBJECTS_A_SEARCH = 100_000  # a search at each 700, the default, takes a third of the time
 _SUM_BYTES = hashlib.sha256().digest_size  # the file ends with the sum of what is before

@@ -112,12 +112,12 @@ class Run:
         self.tokens_per_second = tokens / self.seconds if self.seconds else None
         self.peak_memory_mib = max((row["peak_memory_mib"] for row in train if "peak_memory_mib" in row), default=None)
 
-    def examples(self, split: str) -> list[tuple[float, float, float]]:
+    def examples(self, split: str) -> list[tuple[float, float, float, float]]:
         """Read ``<split>_examples.csv``.
 
         Returns:
             Of each conversation its row in the source, by which they are sorted, the mean negative log-likelihood of
-            its supervised tokens in nats, and their number.
+            its supervised tokens in nats, their number, and the sum of their weights (their number, unless weighted).
 
         Raises:
             LabError: The split has not been evaluated, or the file is damaged or contradicts ``<split>.json``.
@@ -133,12 +133,13 @@ class Run:
         for line, text in enumerate(lines, start=2):
             cells = dict(zip(header.split(","), text.split(","), strict=False))
             try:
-                row = float(cells["row"])
-                found[row] = row, float(cells["loss"]), float(cells["supervised_tokens"])
+                row, count = float(cells["row"]), float(cells["supervised_tokens"])
+                found[row] = row, float(cells["loss"]), count, float(cells.get("weight", count))
             except (KeyError, ValueError):
                 raise LabError(f"{path} line {line}: needs row, loss and supervised_tokens; evaluate again") from None
-        tokens = sum(count for _, _, count in found.values())
-        loss = sum(mean * count for _, mean, count in found.values()) / (tokens or math.nan)
+        tokens = sum(count for _, _, count, _ in found.values())
+        weights = sum(weight for *_, weight in found.values())
+        loss = sum(mean * weight for _, mean, _, weight in found.values()) / (weights or math.nan)
         recorded = self.evaluations.get(split, {})
         recorded_loss = recorded.get(f"{split.removesuffix('-base')}_loss", math.nan)
         # Both come from the same float64 sums, so that anything beyond rounding is damage, or another evaluation.

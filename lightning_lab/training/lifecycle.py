@@ -197,6 +197,11 @@ class Lifecycle(pl.LightningModule):
         assert self.model is not None, "configure_model has not run"
         return self.model
 
+    @property
+    def head(self) -> Tensor:
+        """The language-model head's weight, ``[vocabulary, hidden_size]``."""
+        return self.peft_model.get_base_model().lm_head.weight
+
     def trainable(self) -> list[Tensor]:
         """The adapters' weights, in a fixed order."""
         return [parameter for parameter in self.peft_model.parameters() if parameter.requires_grad]

@@ -63,7 +63,8 @@ class Results(pl.Callback):
             contents = np.sort(data.tokenized.contents[data.splits[split].rows])
             record["contents"] = hashlib.sha256(contents.tobytes()).hexdigest()[:16]
             record["source"] = data.hparams.get(f"{split}_source") or data.source
-            record["settings"] = {key: data.hparams[key] for key in SETTINGS}
+            weighted = pl_module.settings.weighted_eval
+            record["settings"] = {key: data.hparams[key] for key in SETTINGS} | {"weighted_eval": weighted}
         if found.trained:
             record["trained"] = {"conversations": len(found.trained.rows), "loss": found.trained.loss}
         if stands and stands.copies:
@@ -77,9 +78,11 @@ class Results(pl.Callback):
         name = result_name(name, record.get("source"), is_own, lambda free: self._is_free(free, record))
         files.make_directory(self.run_dir)
         files.write_whole(self.run_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
-        examples = zip(found.rows.tolist(), found.nll.tolist(), found.tokens.tolist(), strict=True)
-        lines = [f"{row},{nll / tokens!r},{tokens}\r\n" for row, nll, tokens in examples]
-        files.write_whole(self.run_dir / f"{name}_examples.csv", "".join(["row,loss,supervised_tokens\r\n", *lines]))
+        columns = {"row": found.rows, "loss": found.nll / found.weight, "supervised_tokens": found.tokens}
+        if pl_module.settings.weighted_eval:
+            columns["weight"] = found.weight
+        lines = [",".join(map(repr, line)) for line in zip(*(c.tolist() for c in columns.values()), strict=True)]
+        files.write_whole(self.run_dir / f"{name}_examples.csv", "\r\n".join([",".join(columns), *lines, ""]))
         if name == "validation-base" and (self.run_dir / rundir.METRICS).exists():
             write_losses(self.run_dir, self.window)  # the base becomes its first row
         print(results_table(self.run_dir).markdown())
@@ -103,6 +106,7 @@ def results_table(run_dir: Path) -> Table:
             try:
                 used = record["checkpoint"]
                 model = used if used == rundir.BASE else f"{Path(used).stem}, step {record['step']}"
+                model += ", weighted" * bool(files.flatten(record).get(f"settings.{rundir.WEIGHTED}"))
                 figures = (
                     f"{record[f'{split}_loss']:.4f}",
                     f"{record[f'{split}_perplexity']:.2f}",
