@@ -226,7 +226,7 @@ def _parse_pair(row: Mapping[str, Any], row_format: RowFormat) -> list[Message]:
 
 
 def _parse_turns(value: Any, what: str, row_format: RowFormat, *, alternate: bool = False) -> list[Message]:
-    """Read a list of turns, or its JSON; with ``alternate`` also one of texts, the user's and the assistant's in turn."""
+    """Read a list of turns, or its JSON; with ``alternate`` also texts, the user's and the assistant's in turn."""
     if isinstance(value, str):
         value = turns.from_json(value, f"{what} must be a list of turns, found text that")
     if not isinstance(value, list | tuple):

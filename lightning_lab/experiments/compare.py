@@ -199,7 +199,7 @@ def bootstrap(
     return [(value, Interval(*pair)) for value, pair in zip(values, ends.T.tolist(), strict=True)]
 
 
-def _paired(a: Run, b: Run, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _paired(a: Run, b: Run, split: str) -> tuple[np.ndarray, ...]:
     """Losses of both runs, tokens and weights of the same conversations, each ``[C]``, by row.
 
     Raises:

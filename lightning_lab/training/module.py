@@ -63,8 +63,7 @@ class QLoRAModule(Lifecycle):
         compile: Compile each decoder layer with ``torch.compile``, once for all lengths; takes a minute or two at the
             first step and at the first validation. Same results to rounding.
         hf_eval_batch_size: Conversations in the batches whose means ``val_loss_hf`` and ``test_loss_hf`` average.
-        weighted_eval: Weigh each supervised token of ``val_loss`` and ``test_loss`` as in training, by the ``weight`` of
-            its answer; false: all the same.
+        weighted_eval: Weigh tokens of ``val_loss`` and ``test_loss`` by their answer's ``weight``, as training does.
         max_new_tokens: Longest answer that `predict` writes.
         temperature: Of `predict`; 0 takes the most likely token each time, else the base's own top_p and top_k apply.
         adapter: Folder of a PEFT LoRA adapter, such as ``checkpoints/best`` of a run, whose weights a new run begins
