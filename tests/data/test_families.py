@@ -58,7 +58,11 @@ def opened(smollm2_tokenizer: Any, tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     ("template", "conversation", "documents"),
     [
-        (MISTRAL, Conversation(TWO), [f"[INST]a?[/INST]«b.{END}»", f"[INST]a?[/INST]b.{END}[INST]c?[/INST]« d. {END}»"]),
+        (
+            MISTRAL,
+            Conversation(TWO),
+            [f"[INST]a?[/INST]«b.{END}»", f"[INST]a?[/INST]b.{END}[INST]c?[/INST]« d. {END}»"],
+        ),
         (
             MISTRAL,
             CONVERSATION,
