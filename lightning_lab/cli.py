@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -206,15 +205,10 @@ class LabCLI(LightningCLI):
         if self.command in WITHOUT_TRAINER:
             here = {"accelerator": "cpu", "devices": 1, "strategy": "auto"} if self.command == "preview" else {}
             return self._trainer(given, logger=False, callbacks=None, **here)
-        run_dir, predictions = self.paths.run_dir, None
+        run_dir = self.paths.run_dir
         self.model.continues = self.paths.checkpoint is not None
         self.model.checkpoint = settings.ckpt_path
         self.model.evaluate_base = self.command != "fit" and self.paths.checkpoint is None
-        if self.command == "predict":
-            source = self.datamodule.predict_source
-            name = Path(source).stem if source else self.datamodule.split_for("predict")
-            base = "-base" if self.model.evaluate_base else ""
-            predictions = settings.output or run_dir / f"predictions-{name}{base}.jsonl"
         callbacks = given.callbacks or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         callbacks += run_directory(
@@ -226,7 +220,7 @@ class LabCLI(LightningCLI):
             name=self.name,
             config=yaml.safe_load(self.config_text()),
             command=["python", "-m", "lightning_lab", self.command, *self.arguments],
-            predictions=predictions,
+            predictions=settings.get("output"),
         )
         if settings.early_stopping:
             patience = settings.early_stopping

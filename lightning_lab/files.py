@@ -16,6 +16,7 @@ import yaml
 from lightning_lab.errors import LabError
 
 SUMS = "SHA256SUMS"  # beside the files of a folder, as `sha256sum --check` reads it
+LONGEST_NAME = 120  # bytes of a name from a user's text: a file system takes 255, and endings add to it
 LARGEST_YAML = 100_000  # nodes, with all aliases written out; a config has about 100
 
 
@@ -144,6 +145,11 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def cut(name: str, longest: int = LONGEST_NAME) -> str:
+    """As many of a name's first characters as ``longest`` bytes of UTF-8 hold."""
+    return name.encode(errors="replace")[:longest].decode(errors="ignore")
 
 
 def write_sums(folder: Path) -> None:

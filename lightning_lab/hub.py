@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_lab.errors import LabError
+from lightning_lab.files import cut
 
 if TYPE_CHECKING:
     import datasets
@@ -209,13 +210,13 @@ def _worded(key: str, name: str, instead: str) -> Iterator[None]:
 
 def _converted(gguf: Path) -> Path:
     """Return the folder that holds a GGUF file as safetensors, making it on first use."""
-    folder = cache_dir() / "models" / f"{gguf.stem}-{_sha256(gguf, gguf.stat().st_mtime_ns)[:16]}"
+    folder = cache_dir() / "models" / f"{cut(gguf.stem)}-{_sha256(gguf, gguf.stat().st_mtime_ns)[:16]}"
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
-            prefix=f".{gguf.stem}-", dir=folder.parent, ignore_cleanup_errors=True
+            prefix=f".{cut(gguf.stem)}-", dir=folder.parent, ignore_cleanup_errors=True
         ) as unfinished:
             _convert(gguf, Path(unfinished))
             os.replace(unfinished, folder)

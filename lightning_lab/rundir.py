@@ -25,6 +25,7 @@ CONFIG, ENVIRONMENT, METRICS, LOSSES = "config.yaml", "environment.json", "metri
 SAMPLES, CURVE, CHECKPOINTS, LOCK = "samples.md", "loss_curve.png", "checkpoints", ".lock"
 ROWS = "rows.parquet"  # among the checkpoints: what the run trained on and held out
 EXAMPLES, TOKENS = "_examples.csv", "_tokens.parquet"  # behind a result's name
+WEIGHTED = "weighted_eval"  # a setting that losses depend on, in `ENVIRONMENT` and in results
 TRAIN_COLUMNS = (
     "epoch",
     "train_loss",
@@ -264,9 +265,10 @@ def keep_metrics(path: Path, step: int, *, validated: bool) -> None:
 
 
 def base_loss(run_dir: Path) -> float | None:
-    """The untouched base's validation loss, where it has been measured."""
-    loss = read_json(run_dir / f"validation-{BASE}.json").get("validation_loss")
-    return loss if isinstance(loss, float) else None
+    """The untouched base's validation loss, where it has been measured, weighted or not as the run's own are."""
+    record, weighted = read_json(run_dir / f"validation-{BASE}.json"), read_json(run_dir / ENVIRONMENT).get(WEIGHTED)
+    loss, same = record.get("validation_loss"), bool(flatten(record).get(f"settings.{WEIGHTED}")) == bool(weighted)
+    return loss if isinstance(loss, float) and same else None
 
 
 def stopped_early(validation_losses: Sequence[float], patience: int | None) -> bool:

@@ -62,7 +62,7 @@ def test_the_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     exec(code, {})
     assert steps(Path("runs/mine")) == [1, 2]
     names = {path.name for path in Path("runs/mine").iterdir()}
-    assert {"losses.md", "validation.json", "test.json", "predictions.jsonl"} <= names
+    assert {"losses.md", "validation.json", "test.json", "predictions-test.jsonl"} <= names
     assert json.loads(Path("runs/mine/test.json").read_text())["step"] == 2
     assert capsys.readouterr().out.count("\n-> ") == 3
 

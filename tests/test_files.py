@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lab.errors import LabError
-from lightning_lab.files import check_sums, read_json, read_yaml, set_aside, write_sums, write_whole
+from lightning_lab.files import check_sums, cut, read_json, read_yaml, set_aside, write_sums, write_whole
 
 
 class TestWriteWhole:
@@ -123,3 +123,10 @@ class TestSums:
     def test_a_folder_without_sums_is_not_checked(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_bytes(b"of an older version")
         check_sums(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("x" * 121, 120), ("名" * 200, 40), ("é" * 61, 60), ("a" + "😀" * 30, 30)])
+def test_a_name_is_cut_by_its_bytes_between_characters(name: str, kept: int, tmp_path: Path) -> None:
+    assert cut(name) == name[:kept]
+    assert cut(cut(name)) == cut(name)
+    (tmp_path / cut(name)).touch()

@@ -387,6 +387,10 @@ def test_the_base_is_read_from_its_evaluation(tmp_path: Path) -> None:
     path = tmp_path / "validation-base.json"
     path.write_text('{"validation_loss": 2.75, "validation_loss_hf": 1.0}')
     assert base_loss(tmp_path) == 2.75
+    (tmp_path / "environment.json").write_text('{"weighted_eval": true}')
+    assert base_loss(tmp_path) is None  # not of the same kind as the run's own losses
+    path.write_text('{"validation_loss": 2.5, "settings": {"weighted_eval": true}}')
+    assert base_loss(tmp_path) == 2.5
     for damaged in ("", "{", '{"validation_loss": "x"}', "[1]"):
         path.write_text(damaged)
         assert base_loss(tmp_path) is None

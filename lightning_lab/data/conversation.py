@@ -44,12 +44,14 @@ class Prompt(NamedTuple):
         row: The conversation's row in its source.
         conversation: The turns before the answer.
         reference: The last answer; None where nobody has given one.
+        content: Hash of the conversation with its answer, of ``predict_source`` where there is one.
 
     """
 
     row: int
     conversation: Conversation
     reference: str | None
+    content: int | None = None
 
     @classmethod
     def of(cls, row: int, conversation: Conversation) -> "Prompt | None":
@@ -94,7 +96,8 @@ def parse_conversation(row: Mapping[str, Any] | RowError, row_format: RowFormat 
     """Read a row in ShareGPT, `messages`, prompt-completion or Alpaca format, recognised by its keys.
 
     * ``conversations`` or ``messages``: a list of turns, or its JSON, each with ``from``/``value`` or
-      ``role``/``content``; an answer may have ``tool_calls``, ``reasoning_content`` and a ``weight`` or ``train``;
+      ``role``/``content``; an answer may have ``tool_calls``, ``reasoning_content`` and a ``weight`` or ``train``. Or
+      a list of texts, which the user and the assistant say in turn;
     * ``prompt`` or ``instruction`` with ``completion``, ``output`` or ``response``, each a text or a list of turns;
       ``input`` or ``context`` follows the question after an empty line; ``history``, earlier [question, answer]
       pairs, comes first, and its answers are learned like any others.
@@ -143,7 +146,7 @@ def parse_prompt(
 
 def unread_keys(row: Mapping[str, Any], row_format: RowFormat) -> set[str]:
     """Filled keys of a row and of its turns that are left out: the harmless and the ignored ones."""
-    said = [turn for key in _TURNS if isinstance(row.get(key), list) for turn in row[key]]
+    said = [turn for key in _TURNS if isinstance(row.get(key), list) for turn in row[key] if isinstance(turn, Mapping)]
     return {key for part in (row, *said) for key in turns.filled(part, part.keys() & HARMLESS.union(row_format.ignore))}
 
 
@@ -154,7 +157,7 @@ def _parse(row: Mapping[str, Any] | RowError, row_format: RowFormat) -> Conversa
         raise RowError(f"a row must be an object with named fields, found {turns.kind(row)}")
     if row_format.ignore or row_format.columns:
         row = _renamed(row, row_format)
-    forms = [_parse_turns(row[key], f"'{key}'", row_format) for key in turns.filled(row, _TURNS)]
+    forms = [_parse_turns(row[key], f"'{key}'", row_format, alternate=True) for key in turns.filled(row, _TURNS)]
     if len(forms) > 1 and forms[0] != forms[1]:
         raise RowError("its 'conversations' and 'messages' differ; name the one to leave out in data.ignore")
     paired = any(row.get(key) not in (turns.EMPTY if forms else (None,)) for key in _QUESTIONS)
@@ -202,6 +205,8 @@ def _parse_pair(row: Mapping[str, Any], row_format: RowFormat) -> list[Message]:
     """Read a question and its answer, each in a column of its own, and the pairs before them."""
     messages = []
     history = row.get("history") or []
+    if isinstance(history, str):
+        history = turns.from_json(history, "'history' must be a list of [question, answer] pairs, found text that")
     for pair in history if isinstance(history, list | tuple) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError("'history' must be a list of [question, answer] pairs")
@@ -220,9 +225,13 @@ def _parse_pair(row: Mapping[str, Any], row_format: RowFormat) -> list[Message]:
     return messages
 
 
-def _parse_turns(value: Any, what: str, row_format: RowFormat) -> list[Message]:
+def _parse_turns(value: Any, what: str, row_format: RowFormat, *, alternate: bool = False) -> list[Message]:
+    """Read a list of turns, or its JSON; with ``alternate`` also texts, the user's and the assistant's in turn."""
     if isinstance(value, str):
         value = turns.from_json(value, f"{what} must be a list of turns, found text that")
     if not isinstance(value, list | tuple):
         raise RowError(f"{what} must be a list of turns, found {turns.kind(value)}")
+    if alternate and all(isinstance(turn, str) for turn in value):
+        texts = [turns.checked_text(text, f"turn {number}") for number, text in enumerate(value, start=1)]
+        return [Message("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
     return [turns.parse_turn(turn, number, row_format.ignore) for number, turn in enumerate(value, start=1)]

@@ -80,8 +80,8 @@ class RowTooLongError(RowError):
 
 
 # A stretch of a rendered text that is tokenised by itself: what to tokenise, or the id of the control token that it is;
-# tokens at its start that are not part of the text; number of the answer that it belongs to, None outside answers. Plain
-# tuples, as there are five to a turn.
+# tokens at its start that are not part of the text; number of the answer that it belongs to, None outside answers.
+# Plain tuples, as there are five to a turn.
 _Piece = tuple[str | int, int, int | None]
 _Tokens = tuple[list[int], int | None]  # of a piece, and its span
 

@@ -2,16 +2,17 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from lightning_lab.data.batching import PromptBatch
-from lightning_lab.data.conversation import Prompt, RowError, RowFormat, parse_conversation, parse_prompt
+from lightning_lab.data.conversation import Prompt, RowError, RowFormat, or_error, parse_conversation, parse_prompt
 from lightning_lab.data.encoding import ConversationEncoder
 from lightning_lab.data.rows import Rows
 from lightning_lab.data.sources import load_rows
 from lightning_lab.data.template import ChatTemplate
-from lightning_lab.data.tokenized import OnBadRow
+from lightning_lab.data.tokenized import OnBadRow, content_hash
 from lightning_lab.errors import LabError
 
 _NAMED_ROWS = 10  # of those that cannot be answered; the rest is counted
@@ -34,7 +35,9 @@ def read_prompts(source: str, template: ChatTemplate, row_format: RowFormat, on_
     prompts, bad = [], []
     for index, row in enumerate(rows):
         try:
-            prompt = Prompt(index, *parse_prompt(row, row_format))
+            whole = or_error(partial(parse_conversation, row_format=row_format), row)
+            content = None if isinstance(whole, RowError) else content_hash(whole)
+            prompt = Prompt(index, *parse_prompt(row, row_format), content)
             template.render(prompt.conversation, add_generation_prompt=True)
             prompts.append(prompt)
         except RowError as error:

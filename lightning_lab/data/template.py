@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
 from itertools import product
 from pathlib import Path
@@ -136,11 +137,10 @@ class ChatTemplate:
         if adds_bos and (double_bos or not skeleton.literals[0].startswith(tokenizer.bos_token)):
             self.bos = tokenizer.bos_token
             self._skeletons.clear()
-        rewritten = [probe for probe in _PROBES if self._rewrites(probe)]
-        self.per_answer = bool(rewritten)
+        self.per_answer = any(map(self._rewrites, _PROBES))
         try:
-            for probe in rewritten[:1]:  # those after it ask for more than many templates have
-                self.documents(probe)
+            if self.per_answer:  # rows like the other probes, which ask for more than many templates have, are refused
+                self.documents(_PROBES[0])
         except RowError as error:
             reason = f"it does not write every turn of a conversation as it does the last, and {error}"
             raise LabError(f"data.template {template} cannot be used: {reason}") from None
@@ -162,9 +162,7 @@ class ChatTemplate:
             start, end = whole.spans[-1]
             prompt = self.render(conversation._replace(messages=messages[:i]), True) if i else Rendered("", (), (), ())
             begins = len(prompt.text) if i else start
-            if self.control_pattern.search(whole.text, begins, start) and prompt == self.render(
-                conversation._replace(messages=messages[:i])
-            ):
+            if begins < start and self._headed:
                 raise RowError("it writes a header before an answer, but no generation prompt")
             if not whole.text.startswith(prompt.text):  # the answer follows what the model is given, then as in use
                 shift = begins - start
@@ -206,21 +204,28 @@ class ChatTemplate:
         for i, (start, end), after in zip(skeleton.owners, places, skeleton.literals[1:], strict=True):
             if messages[i].role == "assistant":
                 answers[i] = (answers[i][0] if i in answers else start, end, after)
+        if self.per_answer:  # only the last turn's span is asked for: earlier answers may be written in any way
+            answers = {i: place for i, place in answers.items() if i == len(messages) - 1}
         spans = []
         for i, (start, end, after) in answers.items():
             closing = after.find(self.end_of_turn)
             if i in rich:  # such an answer begins with what the template writes after the header
-                before = conversation._replace(messages=messages[:i])
-                prompt = self._apply(before, True)
-                header = self.control_pattern.search(text, len(prompt), start) and prompt == self._apply(before, False)
+                prompt = self._apply(conversation._replace(messages=messages[:i]), True)
                 unclosed = closing < 0 or (messages[i].tool_calls and not self.end_of_turn)
-                if header or unclosed or not text.startswith(prompt):
+                if self._headed or unclosed or not text.startswith(prompt):
                     raise RowError(f"the chat template does not begin and end turn {i + 1} as it does other answers")
                 start = len(prompt)
             if i in rich or closing == 0:
                 end += closing + len(self.end_of_turn)
             spans.append((start, end))
         return Rendered(text, tuple(spans), tuple(places), tuple(messages[i].weight for i in answers))
+
+    @cached_property
+    def _headed(self) -> bool:
+        """Whether answers have a header that no generation prompt writes, so that nothing tells where they begin."""
+        closes, asks = (self._skeleton(Conversation(_TURNS[:1]), asked).literals[-1] for asked in (False, True))
+        between = self._skeleton(Conversation(_TURNS[:2]), False).literals[-2]
+        return closes == asks and self.control_pattern.search(between.removeprefix(closes)) is not None
 
     def _rewrites(self, conversation: Conversation) -> bool:
         """Whether an answer, or what stands before it, is written otherwise once further turns follow."""

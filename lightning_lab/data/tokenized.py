@@ -25,7 +25,7 @@ from lightning_lab.hub import cache_dir
 OnBadRow = Literal["error", "drop"]
 
 # Part of the cache key: raise it whenever the columns, or what parsing or rendering makes of the same input, change.
-_FORMAT = 6
+_FORMAT = 7
 _BATCH_ROWS = 256  # bounds the memory of preparation; more is no faster
 _NAMED_ROWS = 10  # of a long list; the rest is counted
 _SCHEMA = pa.schema(
@@ -203,10 +203,16 @@ def _encode(rows: Rows, encoder: ConversationEncoder, row_format: RowFormat, fir
             "truncated": [encoded.truncated for encoded in kept],
             "reason": [str(result) if isinstance(result, RowError) else None for result in results],
             "too_long": [isinstance(result, RowTooLongError) for result in results],
-            "content": [None if isinstance(said, RowError) else _content(said) for said in conversations],
+            "content": [None if isinstance(said, RowError) else content_hash(said) for said in conversations],
         },
         _SCHEMA,
     )
+
+
+def content_hash(conversation: Conversation) -> int:
+    """A hash of what is said."""
+    said = [(m.role, m.content.strip(), [call["function"] for call in m.tool_calls]) for m in conversation.messages]
+    return hashed([said, conversation.tools])
 
 
 def hashed(said: Any) -> int:

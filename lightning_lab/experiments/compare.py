@@ -24,6 +24,8 @@ import numpy as np
 
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.runs import Run, differing_settings
+from lightning_lab.files import flatten
+from lightning_lab.rundir import WEIGHTED
 
 # A bootstrap of few is too narrow, and more so where lengths are skewed. Its 95 % intervals covered the truth of the
 # tests' synthetic losses in 76 % of 3,000 draws of 5 conversations, 85 % of 10, 89 % of 20, 92 % of 50, 93 % of 150,
@@ -139,8 +141,8 @@ def compare(
     level = 1 - (1 - LEVEL) / comparisons
     found = []
     for start in range(0, len(pairs), TOGETHER):
-        names, (loss_a, *_), losses, (tokens, *_) = zip(*pairs[start : start + TOGETHER], strict=True)
-        a, *others = bootstrap([loss_a, *losses], tokens, level=level)
+        names, (loss_a, *_), losses, (tokens, *_), (weight, *_) = zip(*pairs[start : start + TOGETHER], strict=True)
+        a, *others = bootstrap([loss_a, *losses], weight, level=level)
         sizes = len(tokens), int(tokens.sum())
         for name, b, difference in zip(names, others[::2], others[1::2], strict=True):
             found.append(Comparison(runs[0].name, name, split, *sizes, *a, *b, *difference, level, LEVEL, comparisons))
@@ -155,7 +157,7 @@ def bootstrap(
     Args:
         losses: ``[C]`` float64 of the reference and of each other run, each conversation's mean negative
             log-likelihood, nats.
-        tokens: ``[C]``, its supervised tokens, positive.
+        tokens: ``[C]``, its supervised tokens or the sum of their weights, positive.
         level: Of each interval.
         resamples: At least; more are drawn where the level leaves fewer than `BEYOND_EACH_END` beyond each end.
 
@@ -197,26 +199,29 @@ def bootstrap(
     return [(value, Interval(*pair)) for value, pair in zip(values, ends.T.tolist(), strict=True)]
 
 
-def _paired(a: Run, b: Run, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Losses of both runs and tokens of the same conversations, each ``[C]``, by row.
+def _paired(a: Run, b: Run, split: str) -> tuple[np.ndarray, ...]:
+    """Losses of both runs, tokens and weights of the same conversations, each ``[C]``, by row.
 
     Raises:
         LabError: They cannot be compared.
 
     """
     both = f"{a.name} and {b.name} cannot be compared on {split}"
-    examples = ([example[:3] for example in run.examples(split)] for run in (a, b))
-    (rows_a, loss_a, tokens_a), (rows_b, loss_b, tokens_b) = (np.reshape(own, (-1, 3)).T for own in examples)
+    examples = ([example[:4] for example in run.examples(split)] for run in (a, b))
+    (rows_a, loss_a, *own_a), (rows_b, loss_b, *own_b) = (np.reshape(own, (-1, 4)).T for own in examples)
     prints = [run.evaluations.get(split, {}).get("data_fingerprint") for run in (a, b)]
     if None in prints or prints[0] != prints[1]:
         settings = [key for key in differing_settings([a, b]) if key.startswith("data.") or key == "model.base"]
         because = f" (they differ in {', '.join(settings)})" if settings else ""
         what = "their data_fingerprint is missing or differs, so the data or the tokens are not the same"
         raise LabError(f"{both}: {what}{because}; evaluate both on the same data")
-    if differ := set(zip(rows_a, tokens_a, strict=True)) ^ set(zip(rows_b, tokens_b, strict=True)):
+    weighted = [bool(flatten(run.evaluations.get(split, {})).get(f"settings.{WEIGHTED}")) for run in (a, b)]
+    if weighted[0] != weighted[1]:
+        raise LabError(f"{both}: the loss of one is weighted; evaluate both under the same model.{WEIGHTED}")
+    if differ := set(zip(rows_a, *own_a, strict=True)) ^ set(zip(rows_b, *own_b, strict=True)):
         what = f"their conversations or masks differ, first in row {min(differ)[0]:.0f}"
         raise LabError(f"{both}: {what}; give both the same data.split and data.mask")
     if len(rows_a) < MIN_CONVERSATIONS:
         needs = f"a bootstrap over conversations needs at least {MIN_CONVERSATIONS}, the split has {len(rows_a)}"
         raise LabError(f"{both}: {needs}")
-    return loss_a, loss_b, tokens_a
+    return loss_a, loss_b, *own_a

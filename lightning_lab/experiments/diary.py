@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.runs import Example, Run, evaluation_command
-from lightning_lab.rundir import BASE, EXAMPLES, TOKENS
+from lightning_lab.files import flatten
+from lightning_lab.rundir import BASE, EXAMPLES, TOKENS, WEIGHTED
 from lightning_lab.tables import NONE, Table, escape, numbers
 
 SHOWN = 3  # of each kind
@@ -125,10 +126,12 @@ class Diary:
             return {}, []
         path, found = self.run.path / f"{name}{TOKENS}", {}
         why = f"{path}: is of another evaluation"
+        weighted = flatten(self.run.evaluations.get(name, {})).get(f"settings.{WEIGHTED}")  # as its tokens are not
         try:
             for row, where, pieces, nll in _stored(path, expected):
                 mean = sum(value for value in nll if value is not None) / expected[row][1]
-                if len(pieces) == len(nll) and math.isclose(mean, expected[row][0], rel_tol=TOLERANCE):
+                same = weighted or math.isclose(mean, expected[row][0], rel_tol=TOLERANCE)
+                if len(pieces) == len(nll) and same:
                     found[row] = where.translate(CONTROLS), [piece.translate(CONTROLS) for piece in pieces], nll
         except Exception as error:  # whatever Arrow makes of a damaged file
             why = f"{path}: cannot be read ({' '.join(str(error).split())})"

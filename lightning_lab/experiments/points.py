@@ -13,13 +13,12 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_lab.errors import LabError, check_ranges
-from lightning_lab.files import flatten
+from lightning_lab.files import LONGEST_NAME, cut, flatten
 
 if TYPE_CHECKING:
     import optuna
 
-NAME_LENGTH = 120  # file names have at most 255 bytes, and temporary ones add to it
-NAME = re.compile(rf"\w[\w.+-]{{0,{NAME_LENGTH - 1}}}")
+NAME = re.compile(r"\w[\w.+-]*")
 RESERVED = ("run_dir", "ckpt_path", "config", "trainer.default_root_dir")
 RANGES = {"trials": (1, math.inf), "seed": (0, 2**32 - 1)}
 LARGEST = 2**53  # bounds beyond it are not exact in Optuna's database
@@ -120,8 +119,9 @@ def grid_points(sweep: SweepSettings) -> list[Point]:
         if both := fixed.keys() & varied.keys():
             raise LabError(f"sweep: {min(both)} is in sweep.grid and in sweep.settings; leave it in one of them")
         name = run_name(fixed | varied) if given is None else run_name(varied, [str(given)])
-        if not NAME.fullmatch(name):
-            raise LabError(f"sweep.settings: {name!r} cannot be a run's name; use letters, digits and _ . + -")
+        if not NAME.fullmatch(name) or cut(name) != name:
+            of = f"letters, digits and _ . + -, at most {LONGEST_NAME} bytes"
+            raise LabError(f"sweep.settings: {name!r} cannot be a run's name; use {of}")
         points.append(Point(name, tied(fixed | varied, sweep.tie)))
     return points
 
@@ -191,9 +191,9 @@ def run_name(settings: Mapping[str, Any], given: Sequence[str] = ()) -> str:
         last = {"seed_everything": "seed"}.get(key, key.rpartition(".")[2])
         parts.append(last + re.sub(r"[^\w.+-]+", "-", str(value)).strip("-"))
     name = "_".join(parts) if parts else "base"
-    if settings and len(name) > NAME_LENGTH:
+    if settings and cut(name) != name:
         digest = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:12]
-        name = f"{name[: NAME_LENGTH - 1 - len(digest)]}-{digest}"
+        name = f"{cut(name, LONGEST_NAME - 1 - len(digest))}-{digest}"
     return name
 
 

@@ -33,6 +33,7 @@ class Example(NamedTuple):
         row: In the source.
         loss: Mean negative log-likelihood of its supervised tokens, nats.
         supervised_tokens: Their number.
+        weight: By which the loss counts: their number, or under `model.weighted_eval` the sum of their weights.
         base_loss: The untouched base's; None where that is not known.
 
     """
@@ -40,6 +41,7 @@ class Example(NamedTuple):
     row: int
     loss: float
     supervised_tokens: float
+    weight: float
     base_loss: float | None = None
 
     @property
@@ -154,13 +156,14 @@ class Run:
             try:
                 if abs(row := int(cells["row"])) >= MOST:
                     raise ValueError
-                base = float(cells.get("base_loss") or math.nan)
-                figures = float(cells["loss"]), float(cells["supervised_tokens"])
+                base, count = float(cells.get("base_loss") or math.nan), float(cells["supervised_tokens"])
+                figures = float(cells["loss"]), count, float(cells.get("weight", count))
                 found[row] = Example(row, *figures, base if math.isfinite(base) else None)
             except (KeyError, ValueError):
                 raise LabError(f"{path} line {line}: needs row, loss and supervised_tokens; evaluate again") from None
         tokens = sum(example.supervised_tokens for example in found.values())
-        loss = sum(example.loss * example.supervised_tokens for example in found.values()) / (tokens or math.nan)
+        weight = sum(example.weight for example in found.values())
+        loss = sum(example.loss * example.weight for example in found.values()) / (weight or math.nan)
         recorded = self.evaluations.get(split, {})
         recorded_loss = recorded.get(f"{split.removesuffix('-base')}_loss", math.nan)
         # Both come from the same float64 sums, so that anything beyond rounding is damage, or another evaluation.

@@ -13,6 +13,7 @@ from lightning_lab.experiments.reference import as_published, lab_run, less_publ
 from lightning_lab.experiments.runs import REPORT_FILES, SEED, Run
 from lightning_lab.experiments.summary import Summary
 from lightning_lab.loss_table import Loss, lab_table, window_note
+from lightning_lab.rundir import base_loss
 from lightning_lab.tables import NONE, Table, escape, numbers
 
 Block = str | Table
@@ -103,7 +104,7 @@ def _states(summary: Summary) -> str:
 def _loss_tables(runs: Sequence[Run]) -> list[Block]:
     tables = {}
     for run in runs:
-        base = run.evaluations.get("validation-base", {}).get("validation_loss")
+        base = base_loss(run.path)
         if run.losses or base is not None:
             tables[run.name] = lab_table(run.losses, base)
     if not tables:

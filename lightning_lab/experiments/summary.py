@@ -15,6 +15,7 @@ from lightning_lab.experiments.diary import Diary
 from lightning_lab.experiments.reference import published
 from lightning_lab.experiments.runs import SEED, SWEEP_FILE, Run, differing_settings, read_sweep, run_directories
 from lightning_lab.files import flatten
+from lightning_lab.rundir import WEIGHTED
 
 T = TypeVar("T")
 VALIDATED_ON = ("data.fingerprint", "data.split_seed", "data.splits.validation")  # in environment.json
@@ -126,7 +127,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     found = []
     known = [(run.name, split) for run in runs if run.best and (split := _validated_on(run))]
     if other := [name for name, split in known if split != known[0][1]]:
-        what = f"Not validated on the same tokens as {known[0][0]}: {', '.join(other)}."
+        what = f"Not validated on the same tokens and weights as {known[0][0]}: {', '.join(other)}."
         found.append(f"{what} Such losses do not rank against each other.")
     for run in runs:
         tested = run.evaluations.get("test", {}).get("step")
@@ -192,4 +193,5 @@ def _figure(function: Callable[[Sequence[float]], float], losses: Sequence[float
 
 def _validated_on(run: Run) -> dict[str, Any]:
     """What the validation split consists of, as far as the run has recorded it."""
-    return {key: value for key, value in flatten(run.environment).items() if key.startswith(VALIDATED_ON)}
+    known = {key: value for key, value in flatten(run.environment).items() if key.startswith(VALIDATED_ON)}
+    return known and known | {WEIGHTED: bool(run.environment.get(WEIGHTED))}

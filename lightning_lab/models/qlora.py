@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from lightning_lab.errors import LabError
 from lightning_lab.files import check_sums, read_json, sha256
 from lightning_lab.models.attention import attention_operators
+from lightning_lab.rundir import ENVIRONMENT
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -163,6 +165,23 @@ def read_adapter(source: str, settings: Any) -> tuple[dict[str, Tensor], str]:
     # the file's names lack the adapter's, and those of DoRA's norms a last part
     names = {name: re.sub(r"(lora_[^.]*)(\.weight)?$", r"\1.default.weight", name) for name in state}
     return {names[name]: weight for name, weight in state.items()}, sha256(weights)
+
+
+def say_other_base(source: str, name: str, weights: str) -> None:
+    """Warn on stderr where an adapter comes from another base, which its shapes alone do not tell.
+
+    Args:
+        source: The adapter's folder. In a run's directory it is known by the base's weights in ``environment.json``.
+        name: Of the base now, as PEFT writes it into ``adapter_config.json``.
+        weights: Their fingerprint (`hub.weights_fingerprint`).
+
+    """
+    folder = Path(source).expanduser().resolve()
+    its_name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    its_weights = read_json(folder.parent.parent / ENVIRONMENT).get("base_weights")
+    if (its_weights or weights) != weights or (not its_weights and its_name not in (None, name)):
+        what = "other weights" if its_weights else "a base of another name"
+        print(f"warning: model.adapter {source} was trained on {what}: on {its_name}, not {name}", file=sys.stderr)
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

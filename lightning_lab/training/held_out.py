@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lightning_lab.data.conversation import Prompt
 from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.data.summary import some
 from lightning_lab.errors import LabError
@@ -106,6 +108,12 @@ def trained_rows(dealt: pa.Table, data: ChatDataModule, split: str) -> list[int]
             "to train"
         )
     return trained
+
+
+def trained_prompts(dealt: pa.Table, prompts: Sequence[Prompt]) -> list[int]:
+    """Rows of ``predict_source`` that were trained on, of those that have an answer: conversations are known whole."""
+    trained = set(_contents(dealt, "train", BEFORE).tolist())
+    return [prompt.row for prompt in prompts if prompt.content in trained]
 
 
 def read_rows(beside: Path) -> pa.Table | None:

@@ -26,6 +26,7 @@ from lightning_lab.models.qlora import (
     enable_checkpointing,
     load_adapter_state,
     read_adapter,
+    say_other_base,
 )
 from lightning_lab.training import held_out, resume
 from lightning_lab.training.auto import put, settle_auto
@@ -48,7 +49,7 @@ class Lifecycle(pl.LightningModule):
         total_steps: Optimizer steps of the whole run.
         validation_pending: The checkpoint was saved between a step and its validation, which `fit` then begins with.
         loss_scale: Of float16.
-        adapter_weights: SHA-256 of the file that ``model.adapter`` was read from; None where it was not.
+        adapter_weights: SHA-256 of the file that ``model.adapter`` was read from, at the run's start; or None.
         dealt: What the adapter was trained on, and what was held out: see `held_out`; None where that is not known.
         trained_rows: Rows of the split being evaluated that were trained on.
 
@@ -129,17 +130,18 @@ class Lifecycle(pl.LightningModule):
 
     @override
     def on_test_start(self) -> None:
-        """Look for conversations that were trained on among those to evaluate.
+        """Look for conversations that were trained on among those to evaluate or to answer.
 
         Raises:
-            LabError: There are some, and may not be.
+            LabError: There are some, and may not be; those of ``predict_source`` may.
 
         """
         self.trained_rows, data, stage = [], self.chat_data, self.trainer.state.fn
-        answers_others = stage == "predict" and data and data.predict_source
-        if stage is None or stage == "fit" or data is None or self.evaluate_base or answers_others:
+        if stage is None or stage == "fit" or data is None or self.evaluate_base:
             return
-        if self.dealt is not None:
+        if self.dealt is not None and stage == "predict" and data.predict_source:
+            self.trained_rows = held_out.trained_prompts(self.dealt, data.own_prompts)
+        elif self.dealt is not None:
             self.trained_rows = held_out.trained_rows(self.dealt, data, data.split_for(stage.value))
         elif self.completed_steps and self.trainer.is_global_zero:
             print(held_out.UNKNOWN, file=sys.stderr)
@@ -174,6 +176,8 @@ class Lifecycle(pl.LightningModule):
         self.model = add_adapters(base, **{key: settings[key] for key in keys}, fused=settings.fused_linear)
         if self.adapter_weights:
             load_adapter_state(self.model, state)
+            if not self.global_rank:
+                say_other_base(settings.adapter, base.name_or_path, self.base_weights)
         enable_checkpointing(self.model, self.checkpointing)
         if settings.cache_dequantised:
             from lightning_lab.models.fused_linear import keep_weights
@@ -192,6 +196,11 @@ class Lifecycle(pl.LightningModule):
         """The model with its adapters, once :meth:`configure_model` has run."""
         assert self.model is not None, "configure_model has not run"
         return self.model
+
+    @property
+    def head(self) -> Tensor:
+        """The language-model head's weight, ``[vocabulary, hidden_size]``."""
+        return self.peft_model.get_base_model().lm_head.weight
 
     def trainable(self) -> list[Tensor]:
         """The adapters' weights, in a fixed order."""
@@ -223,6 +232,7 @@ class Lifecycle(pl.LightningModule):
             "chosen": self.chosen,
             "weights": self.base_weights,
             "revision": self.settings.revision,
+            "adapter_weights": self.adapter_weights,
             "facts": self._facts,
             "data": resume.data_identity(self.chat_data),
             "rng": resume.rng_states(self),
@@ -254,6 +264,7 @@ class Lifecycle(pl.LightningModule):
             resume.check_data(state["data"], data)
             vars(self.loss_scale).update(state["loss_scale"])
             self.validation_pending, self._resumed = state["validation_pending"], state
+            self.adapter_weights = state.get("adapter_weights")  # the first checkpoints of this format have none
 
     @property
     def _facts(self) -> dict[str, Any]:

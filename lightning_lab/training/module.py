@@ -63,6 +63,7 @@ class QLoRAModule(Lifecycle):
         compile: Compile each decoder layer with ``torch.compile``, once for all lengths; takes a minute or two at the
             first step and at the first validation. Same results to rounding.
         hf_eval_batch_size: Conversations in the batches whose means ``val_loss_hf`` and ``test_loss_hf`` average.
+        weighted_eval: Weigh tokens of ``val_loss`` and ``test_loss`` by their answer's ``weight``, as training does.
         max_new_tokens: Longest answer that `predict` writes.
         temperature: Of `predict`; 0 takes the most likely token each time, else the base's own top_p and top_k apply.
         adapter: Folder of a PEFT LoRA adapter, such as ``checkpoints/best`` of a run, whose weights a new run begins
@@ -98,6 +99,7 @@ class QLoRAModule(Lifecycle):
         cache_dequantised: bool = False,
         compile: bool = False,
         hf_eval_batch_size: int = 8,
+        weighted_eval: bool = False,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         adapter: str | None = None,
@@ -196,11 +198,6 @@ class QLoRAModule(Lifecycle):
             **attention_arguments(batch.cu_seqlens, batch.document_lengths, self.varlen),
         ).last_hidden_state[0]
 
-    @property
-    def head(self) -> Tensor:
-        """The language-model head's weight, ``[vocabulary, hidden_size]``."""
-        return self.peft_model.get_base_model().lm_head.weight
-
     def _sum_over_processes(self, nll: Tensor) -> tuple[float, float]:
         """Add up loss and gradients over the processes, in one message; a process without documents adds 0.
 
@@ -297,7 +294,8 @@ class QLoRAModule(Lifecycle):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self._sums = EvaluationSums(self.trained_rows, keep_tokens=self.trainer.state.fn != "fit")
+        keep, weighted = self.trainer.state.fn != "fit", self.settings.weighted_eval
+        self._sums = EvaluationSums(self.trained_rows, weighted=weighted, keep_tokens=keep)
 
     on_test_epoch_start = on_validation_epoch_start
 

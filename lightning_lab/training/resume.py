@@ -133,7 +133,7 @@ def check_data(known: Mapping[str, Any] | None, data: ChatDataModule | None) -> 
         data: The data module; None for loaders of another kind, of which nothing is known.
 
     Raises:
-        LabError: Names the rows that have changed.
+        LabError: Names the rows that have changed, or the splits that have other rows.
 
     """
     if data is None or not known or known["fingerprint"] == data.tokenized.fingerprint:
@@ -141,15 +141,20 @@ def check_data(known: Mapping[str, Any] | None, data: ChatDataModule | None) -> 
     # a fingerprint is also another one where nothing but the cache's format has changed
     if changes := changed_rows(known["row_hashes"].tolist(), data.tokenized.row_hashes.tolist()):
         raise LabError(f"the data is not what the run was trained on: {data.rows.name}: {changes}")
+    splits = known.get("splits", {})  # the first checkpoints of this format have none
+    if moved := [name for name, rows in splits.items() if rows.tolist() != data.splits[name].rows.tolist()]:
+        keys = "data.source, data.validation_source and data.test_source"
+        raise LabError(f"the rows are the same, but not those of the split {', '.join(moved)}; set {keys} as they were")
 
 
 def data_identity(data: ChatDataModule | None) -> dict[str, Any] | None:
-    """What the tokenised data is known by: its fingerprint, and a hash of each row to tell which ones have changed."""
+    """What the data is known by: its fingerprint, a hash of each row to tell which ones have changed, the splits."""
     if data is None:
         return None
     return {
         "fingerprint": data.tokenized.fingerprint,
         "row_hashes": torch.from_numpy(data.tokenized.row_hashes.astype("int64")),
+        "splits": {name: torch.from_numpy(split.rows) for name, split in data.splits.items()},
     }
 
 

@@ -84,6 +84,7 @@ def test_it_ends_with_the_report(folder: Path) -> None:
         (["--sweep.grid={model.lr: [1e-4]}", "--sweep.search={model.r: {low: 1, high: 9}}"], "a search and a grid"),
         ([], "the sweep has no settings"),
         (["--sweep.grid={data.source: [nowhere.jsonl]}"], "nowhere.jsonl"),
+        (["--sweep.grid={model.r: [8]}", "--data.split=[60,0,20]"], "compares its runs by their validation loss"),
     ],
 )
 def test_what_cannot_run_is_said_before_anything_runs(

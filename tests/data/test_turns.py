@@ -88,6 +88,8 @@ def test_a_null_argument_is_said() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        ({"instruction": "a", "output": "b", "history": "3"}, "'history' must be a list of"),
+        ({"instruction": "a", "output": "b", "history": "[["}, "found text that is not JSON"),
         ({"instruction": "a", "output": "b", "history": 3}, "'history' must be a list of"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 10**400}]},
@@ -112,6 +114,7 @@ def test_history_comes_first() -> None:
         *(Message("system", "Be brief."), Message("user", "Where?"), Message("assistant", "S.")),
         *(Message("user", "Its size?"), Message("assistant", "Ten.")),
     )
+    assert parse({**row, "history": '[["Where?", "S."]]'}) == parse(row)
     assert len(parse(row, ignore=("history",))) == 3
     assert parse({"system_prompt": "s", "messages": QA})[0] == Message("system", "s")
 
@@ -187,6 +190,7 @@ def test_the_user_may_know_better() -> None:
     row_format = RowFormat(("mask", "chosen"))
     assert parse_conversation(row, row_format).messages == SAID
     assert unread_keys(row, row_format) == {"mask", "chosen", "score"}
+    assert unread_keys({"conversations": ["a?", "b."], "source": "x"}, RowFormat()) == {"source"}
     assert parse(answer(content=""), empty_answers="keep")[1] == Message("assistant", "")
 
 

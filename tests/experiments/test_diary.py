@@ -151,8 +151,8 @@ class TestTable:
         diary = json.loads(report(run, "--json").out)["diary"]
         assert (diary["run"], diary["split"], diary["notes"]) == ("demo", "test", [])
         assert diary["most_harmed"] == [
-            {"row": 4, "loss": 3.0, "supervised_tokens": 3.0, "base_loss": 2.0, "loss_minus_base": 1.0},
-            {"row": 11, "loss": 5.0, "supervised_tokens": 1.0, "base_loss": 4.5, "loss_minus_base": 0.5},
+            {"row": 4, "loss": 3.0, "supervised_tokens": 3.0, "weight": 3.0, "base_loss": 2.0, "loss_minus_base": 1.0},
+            {"row": 11, "loss": 5.0, "supervised_tokens": 1.0, "weight": 1.0, "base_loss": 4.5, "loss_minus_base": 0.5},
         ]
         assert [example["row"] for example in diary["worst"]] == [11, 12, 4]
 

@@ -64,6 +64,7 @@ class TestGrid:
             ({"settings": [{"name": ".", "model.lr": 1}]}, "'.' cannot be a run's name"),
             ({"settings": [{"name": "a/b", "model.lr": 1}]}, "'a/b' cannot be a run's name"),
             ({"settings": [{"name": "x" * 200, "model.lr": 1}]}, "cannot be a run's name"),
+            ({"settings": [{"name": "名" * 41, "model.lr": 1}]}, "cannot be a run's name"),
             ({"settings": [{"name": "", "model.lr": 1}]}, "'' cannot be a run's name"),
             ({"grid": {"model.lr": [1e-4]}, "tie": {"model.alpha": "model.r"}}, "follows no key"),
             ({"grid": {"model.r": [1]}, "tie": {"model.r": "model.r"}}, "tied and set"),
@@ -90,7 +91,7 @@ class TestGrid:
     def test_a_name_is_one_folder(self, values: dict[str, Any]) -> None:
         name = run_name(values)
         assert "/" not in name
-        assert len(name) <= 120
+        assert len(name.encode()) <= 120
         assert name.isprintable()
 
     def test_the_defaults_alone_are_a_point_too(self) -> None:

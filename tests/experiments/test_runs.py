@@ -234,7 +234,7 @@ class TestExamples:
     def test_in_the_order_of_the_rows(self, tmp_path: Path) -> None:
         content = "row,loss,supervised_tokens\r\n257,3.5,50\r\n148,4.25,50\r\n"
         examples = Run(self.write(tmp_path / "a", content)).examples("test")
-        assert examples == [(148, 4.25, 50, None), (257, 3.5, 50, None)]
+        assert examples == [(148, 4.25, 50, 50, None), (257, 3.5, 50, 50, None)]
 
     def test_beside_the_base(self, tmp_path: Path) -> None:
         header = "row,loss,supervised_tokens,base_loss,loss_minus_base\r\n"

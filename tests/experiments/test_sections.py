@@ -251,6 +251,6 @@ class TestRanking:
         write_test(tmp_path / "r" / "a", step=250)
         write_test(tmp_path / "r" / "a", 1.0, base="-base", step=0)
         output = report(tmp_path / "r")
-        assert "Not validated on the same tokens as a: b. Such losses do not rank against each other." in output.out
+        assert "Not validated on the same tokens and weights as a: b. Such losses do not rank" in output.out
         assert "a was tested at step 250, not at step 1,500, where its validation loss is lowest." in output.out
         assert "The untouched base on the test split: loss " in output.out

@@ -1,5 +1,6 @@
 import copy
 import hashlib
+import json
 import math
 import re
 import warnings
@@ -428,3 +429,19 @@ class TestBeginningFromAnAdapter:
         (tmp_path / "adapter_model.safetensors").write_bytes(b"no")
         with pytest.raises(LabError, match=r"adapter_model\.safetensors cannot be read"):
             qlora.read_adapter(str(tmp_path), self.SETTINGS)
+
+    def test_one_of_another_base_is_said(self, write, tmp_path, capsys):
+        """By the weights that its run records; of a folder that is no run's by the name that PEFT writes."""
+        best = tmp_path / "checkpoints" / "best"
+        best.mkdir(parents=True)
+        (best / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/one"}')
+        for name, recorded, said in [
+            ("owner/one", None, ""),
+            ("owner/two", None, "a base of another name: on owner/one, not owner/two\n"),
+            ("owner/two", "abc", ""),
+            ("owner/one", "def", "other weights: on owner/one, not owner/one\n"),
+        ]:
+            (tmp_path / "environment.json").write_text(json.dumps({"base_weights": recorded}))
+            qlora.say_other_base(str(best), name, "abc")
+            before = f"warning: model.adapter {best} was trained on "
+            assert capsys.readouterr().err == (before + said if said else "")

@@ -17,7 +17,7 @@ def test_loss_is_weighted_by_tokens_and_hf_loss_by_samples() -> None:
     # nine conversations: one batch of eight with 10 tokens each but the first, and one of a single conversation
     nll = torch.tensor([100.0, *[10.0] * 7, 6.0], dtype=torch.float64)
     tokens = torch.tensor([20, *[10] * 7, 2])
-    result = Evaluation(torch.arange(9), nll, tokens, torch.tensor([5] * 8 + [1]))
+    result = Evaluation(torch.arange(9), nll, tokens, tokens.double(), torch.tensor([5] * 8 + [1]))
     figures = result.figures("test")
     assert figures["test_loss"] == result.loss == (100 + 70 + 6) / (20 + 70 + 2)
     assert figures["test_perplexity"] == math.exp(176 / 92)

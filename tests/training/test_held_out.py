@@ -310,3 +310,53 @@ def test_validate_looks_at_the_validation_split(module: QLoRAModule, data: Any, 
     everything = data(source, split=[0, 500, 0])
     with pytest.raises(LabError, match=r"of the 500 validation conversations were trained on: "):
         trainer().validate(module, everything, ckpt_path=LAST, weights_only=True, verbose=False)
+
+
+def test_rows_stay_in_their_splits_when_a_run_goes_on(data: Any, chats: list[Chat]) -> None:
+    """The same 500 rows in the same order, of which the last 50 are the test split, and then are dealt out."""
+    first, last = write(Path("first.jsonl"), chats[:450]), write(Path("last.jsonl"), chats[450:])
+    settings = {"split": [0.8, 0.1, 0.1]}
+    held, dealt = data(first, test_source=last, **settings), data([first, last], **settings)
+    again = data(first, test_source=write(Path("renamed-last.jsonl"), chats[450:]), **settings)
+    for each in (held, dealt, again):
+        each.prepare(progress=False)
+    began = resume.data_identity(held)
+    resume.check_data(began, again)
+    with pytest.raises(LabError, match=r"^the rows are the same, but not those of the split train, validation, test; "):
+        resume.check_data(began, dealt)
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"run/{name}.jsonl").read_text().splitlines()]
+
+
+def test_answers_to_other_prompts_stand_beside_the_runs_own(
+    module: QLoRAModule, data: Any, chats: list[Chat], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def predict(source: str, **changes: Any) -> str:
+        trainer(limit_predict_batches=1).predict(module, data(source, **changes), ckpt_path=LAST, weights_only=True)
+        return capsys.readouterr().err
+
+    module.hparams.max_new_tokens = 1
+    others = [(f"Is {i} even?", f"{i} is.") for i in range(20)]
+    assert "trained on" not in predict(write(Path("chats.jsonl"), chats))
+    own = lines("predictions-test")
+    asked = [chat[0] for chat in permuted(chats)["test"][:8]]
+    assert [line["messages"][-1]["content"] for line in own] == asked
+    predict(write(Path("new.jsonl"), others[:10]), split=[0, 0, 10])
+    assert lines("predictions-test") == own
+    assert len(lines("predictions-test@new")) == 8
+    # of a file of its own: two of training, one of them with another answer, and one without any
+    (question, answer), (second, _) = permuted(chats)["train"][:2]
+    mixed = [(question, answer), others[0], (second, "Another.")]
+    prompt = json.dumps({"prompt": question}) + "\n"
+    for folder, rows in (("a", mixed), ("b", others), ("a", mixed)):
+        Path(folder).mkdir(exist_ok=True)
+        with Path(write(Path(folder, "new.jsonl"), rows)).open("a") as file:
+            file.write(prompt)
+        said = predict("chats.jsonl", predict_source=f"{folder}/new.jsonl")
+        assert ("warning: 1 conversations to answer were trained on" in said) == (folder == "a")
+    assert {path.stem for path in Path("run").glob("predictions*")} == {
+        *("predictions-test", "predictions-test@new", "predictions@new", "predictions@new-2")
+    }
+    assert [line.get("trained") for line in lines("predictions@new")] == [True, None, None, None]

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch.nn import functional as F
 
+from lightning_lab import run_directory
 from lightning_lab.data.datamodule import ChatDataModule
+from lightning_lab.experiments.compare import compare
+from lightning_lab.experiments.runs import Run
 from lightning_lab.training.module import QLoRAModule
 from tests.training.test_module import fit
 
@@ -19,15 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_tokenizer")
 
 
 def opened(source: Path, base: Path, **options: Any) -> ChatDataModule:
-    data = ChatDataModule(
-        source=str(source),
-        tokenizer=str(base),
-        template="tokenizer",
-        split=[19, 1, 1],  # the last step of an epoch holds 3
-        batch_size=8,
-        micro_batch_tokens=96,
-        **options,
-    )
+    settings = {"split": [19, 1, 1], "batch_size": 8, "micro_batch_tokens": 96}  # the last step of an epoch holds 3
+    data = ChatDataModule(source=str(source), tokenizer=str(base), template="tokenizer", **settings | options)
     data.prepare(progress=False)
     return data
 
@@ -126,10 +123,8 @@ def assert_close(adapter: dict[str, torch.Tensor], expected: dict[str, torch.Ten
         torch.testing.assert_close(weight, plain[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("micro_mean", [None, 3])
-def test_a_weighted_run_is_a_plain_loops(
-    narrow_base: Path, source: Path, tmp_path: Path, micro_mean: int | None
-) -> None:
+def write_weighted(source: Path, path: Path) -> list[dict[str, Any]]:
+    """The chats with an answer of another weight each, and one that is context only."""
     chats = [
         {
             "messages": [
@@ -141,8 +136,16 @@ def test_a_weighted_run_is_a_plain_loops(
         }
         for i, chat in enumerate(map(json.loads, source.read_text().splitlines()))
     ]
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return chats
+
+
+@pytest.mark.parametrize("micro_mean", [None, 3])
+def test_a_weighted_run_is_a_plain_loops(
+    narrow_base: Path, source: Path, tmp_path: Path, micro_mean: int | None
+) -> None:
     weighted = tmp_path / "weighted.jsonl"
-    weighted.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    chats = write_weighted(source, weighted)
     data = opened(weighted, narrow_base, micro_mean=micro_mean)
     losses, adapter = fitted(narrow_base, data)
 
@@ -165,6 +168,44 @@ def test_a_weighted_run_is_a_plain_loops(
         expected.append(loss.item())
     assert losses == pytest.approx(expected, abs=1e-5)
     assert_close(adapter, trained)
+
+
+def test_a_weighted_evaluation_is_a_plain_loops(narrow_base: Path, source: Path, tmp_path: Path) -> None:
+    chats = write_weighted(source, tmp_path / "weighted.jsonl")
+    settings: dict[str, Any] = {"bits": 16, "compute_dtype": "float32", "r": R, "hf_eval_batch_size": 3}
+    module = QLoRAModule(base=str(narrow_base), target_modules=TARGETS, weighted_eval=True, **settings)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_model_summary": False, "enable_progress_bar": False}
+    for name, budget, weighted in (("a", 64, True), ("b", 4096, True), ("c", 4096, False)):
+        data = opened(tmp_path / "weighted.jsonl", narrow_base, split=[1, 0, 20], eval_micro_batch_tokens=budget)
+        module.hparams.weighted_eval = weighted
+        pl.Trainer(callbacks=run_directory(tmp_path / name), **quiet).test(module, data, verbose=False)
+
+    model = plain_model(narrow_base).eval()
+    rows = data.splits["test"].rows.tolist()
+    with torch.no_grad():
+        found = [_weighted_nll(model, data, row, chats[row]) for row in rows]
+    nll, weights = [sum_.item() for sum_, _ in found], [weight for _, weight in found]
+    means = [sum(nll[i : i + 3]) / sum(weights[i : i + 3]) for i in range(0, 20, 3)]
+    runs = {name: Run(tmp_path / name) for name in "abc"}
+    for run in (runs["a"], runs["b"]):
+        record = run.evaluations["test"]
+        assert record["settings"]["weighted_eval"] is True
+        assert record["test_loss"] == pytest.approx(sum(nll) / sum(weights), abs=1e-5)
+        assert record["test_loss_hf"] == pytest.approx((3 * sum(means[:-1]) + 2 * means[-1]) / 20, abs=1e-5)
+        # whole numbers of tokens: of answers of weight 0 none
+        counts = {row: weight / (0.25, 1, 2)[row % 3] for row, weight in zip(rows, weights, strict=True)}
+        expected = [(r, n / w, counts[r], w) for r, n, w in sorted(zip(rows, nll, weights, strict=True))]
+        for example, of_loop in zip(run.examples("test"), expected, strict=True):
+            assert example == pytest.approx(of_loop, abs=1e-5)
+        assert record["supervised_tokens"] == sum(counts.values())
+    plain = runs["c"].evaluations["test"]
+    assert (plain["supervised_tokens"], plain["settings"]["weighted_eval"]) == (sum(counts.values()), False)
+    assert abs(plain["test_loss"] - record["test_loss"]) > 1e-3
+    # intervals are of the weighted loss, and never of two kinds
+    (found_equal,), refused = compare([runs["a"], runs["b"], runs["c"]])
+    assert found_equal.loss_a == pytest.approx(record["test_loss"], rel=1e-9)
+    assert found_equal.tokens == record["supervised_tokens"]
+    assert refused[0].startswith("a and c cannot be compared on test: the loss of one is weighted; ")
 
 
 def _weighted_nll(model: Any, data: ChatDataModule, row: int, chat: dict[str, Any]) -> tuple[torch.Tensor, float]:

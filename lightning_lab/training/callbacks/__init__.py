@@ -47,7 +47,8 @@ def run_directory(
         name: The run's name; that of the directory by default.
         config: What ``config.yaml`` says; by default the settings of module and data module.
         command: The command line, for ``environment.json``; by default this process's.
-        predictions: File of `predict`'s answers; by default ``predictions.jsonl`` in the directory.
+        predictions: File of `predict`'s answers, replaced; by default one in the directory, named after what is
+            answered.
 
     """
     path = Path(run_dir).expanduser()
@@ -55,7 +56,7 @@ def run_directory(
         RunRecord(path, name or path.name, config, command or sys.argv, train_loss_window),
         Results(path, train_loss_window),
         Samples(path, samples, sample_tokens),
-        PredictionWriter(Path(predictions) if predictions else path / "predictions.jsonl"),
+        PredictionWriter(path, Path(predictions).expanduser() if predictions else None),
         Checkpoints(path, checkpoint_every_steps),
     ]
 

@@ -86,11 +86,12 @@ def join_base(run_dir: Path, record: Mapping[str, Any]) -> None:
         return
     base = {(row["row"], row["supervised_tokens"]): float(row["loss"]) for row in _examples(run_dir, bases[0])}
     for name in (name for name in same if name not in bases):
-        lines = [f"row,loss,supervised_tokens,{','.join(JOINED)}"]
+        lines: list[str] = []
         for row in _examples(run_dir, name):
             loss = base.get((row["row"], row["supervised_tokens"]))
-            joined = f"{loss!r},{float(row['loss']) - loss!r}" if loss is not None else ","
-            lines.append(f"{row['row']},{row['loss']},{row['supervised_tokens']},{joined}")
+            joined = ("", "") if loss is None else (repr(loss), repr(float(row["loss"]) - loss))
+            row |= dict(zip(JOINED, joined, strict=True))
+            lines += [",".join(row.values())] if lines else [",".join(row), ",".join(row.values())]
         files.write_whole(run_dir / f"{name}{rundir.EXAMPLES}", "".join(f"{line}\r\n" for line in lines))
 
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Mapping
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,13 @@ from typing_extensions import override
 from lightning_lab import files, rundir
 from lightning_lab.data.batching import SPLITS
 from lightning_lab.tables import NONE, Table
-from lightning_lab.training import held_out
 from lightning_lab.training.callbacks.diary import write_diary
+from lightning_lab.training.callbacks.names import result_name, standing_to_run
 from lightning_lab.training.callbacks.record import write_losses
 from lightning_lab.training.module import QLoRAModule
 
 SETTINGS = ("max_length", "template", "mask", "truncation")  # of the data, which a loss depends on
 LEAKED = ("copies", "near_duplicates")  # of training rows, as `held_out.Standing` has them
-LONGEST_SOURCE = 60  # of a file's name
 
 
 class Results(pl.Callback):
@@ -53,9 +50,7 @@ class Results(pl.Callback):
         assert found
         split = data.split_for(stage) if data else {"validate": "validation"}.get(stage, stage)
         checkpoint = rundir.BASE if pl_module.evaluate_base else str(trainer.ckpt_path or "the model as it was passed")
-        known = held_out.read_rows(self.run_dir / rundir.CHECKPOINTS / rundir.ROWS)
-        known = pl_module.dealt if known is None else known
-        stands = held_out.standing(known, data, split) if data and known is not None else None
+        stands = standing_to_run(self.run_dir, pl_module, split)
         record: dict[str, Any] = {
             **found.figures(split),
             "conversations": len(found.rows),
@@ -70,7 +65,8 @@ class Results(pl.Callback):
             contents = np.sort(data.tokenized.contents[data.splits[split].rows])
             record["contents"] = hashlib.sha256(contents.tobytes()).hexdigest()[:16]
             record["source"] = data.hparams.get(f"{split}_source") or data.source
-            record["settings"] = {key: data.hparams[key] for key in SETTINGS}
+            weighted = pl_module.settings.weighted_eval
+            record["settings"] = {key: data.hparams[key] for key in SETTINGS} | {"weighted_eval": weighted}
         if found.trained:
             record["trained"] = {"conversations": len(found.trained.rows), "loss": found.trained.loss}
         for kind in LEAKED:
@@ -81,14 +77,16 @@ class Results(pl.Callback):
         if data and (left_out := len(data.splits[split].rows) - evaluated):
             record["left_out_by_a_limit"] = left_out
         name = f"{split}-base" if pl_module.evaluate_base else split
-        if not (stands and stands.is_own):
-            name = self._other_name(name, record, may_be_own=stands is None)
+        is_own = stands.is_own if stands else None
+        name = result_name(name, record.get("source"), is_own, lambda free: self._is_free(free, record))
         files.make_directory(self.run_dir)
         files.write_whole(self.run_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
-        examples = zip(found.rows.tolist(), found.nll.tolist(), found.tokens.tolist(), strict=True)
-        lines = [f"{row},{nll / tokens!r},{tokens}\r\n" for row, nll, tokens in examples]
+        columns = {"row": found.rows, "loss": found.nll / found.weight, "supervised_tokens": found.tokens}
+        if pl_module.settings.weighted_eval:
+            columns["weight"] = found.weight
+        lines = [",".join(map(repr, line)) for line in zip(*(c.tolist() for c in columns.values()), strict=True)]
         written = [f"{name}.json", f"{name}{rundir.EXAMPLES}"]
-        files.write_whole(self.run_dir / written[1], "".join(["row,loss,supervised_tokens\r\n", *lines]))
+        files.write_whole(self.run_dir / written[1], "\r\n".join([",".join(columns), *lines, ""]))
         if data and write_diary(self.run_dir, name, record, found, data):
             written.append(f"{name}{rundir.TOKENS}")
         if name == "validation-base" and (self.run_dir / rundir.METRICS).exists():
@@ -96,17 +94,10 @@ class Results(pl.Callback):
         print(results_table(self.run_dir).markdown())
         print(f"written: {self.run_dir}/{', '.join(written)}", file=sys.stderr)
 
-    def _other_name(self, name: str, record: Mapping[str, Any], *, may_be_own: bool) -> str:
-        """A name that no result of other conversations has."""
-        source = re.sub(r"[^\w-]+", "-", Path(str(record.get("source"))).stem).strip("-")[:LONGEST_SOURCE]
-        numbered = (f"{name}@{source}-{number}" for number in count(2))
-        names = chain([name] * may_be_own, [f"{name}@{source}"], numbered)
-        for free in names:
-            there = files.read_json(self.run_dir / f"{free}.json")
-            key = "contents" if "contents" in there else "data_fingerprint"  # results of 0.1 have the latter alone
-            if not there or there.get(key) == record.get(key):
-                break
-        return free
+    def _is_free(self, name: str, record: Mapping[str, Any]) -> bool:
+        there = files.read_json(self.run_dir / f"{name}.json")
+        key = "contents" if "contents" in there else "data_fingerprint"  # results of 0.1 have the latter alone
+        return not there or there.get(key) == record.get(key)
 
     on_test_end = on_validation_end  # type: ignore[assignment]
 
@@ -121,6 +112,7 @@ def results_table(run_dir: Path) -> Table:
             try:
                 used = record["checkpoint"]
                 model = used if used == rundir.BASE else f"{Path(used).stem}, step {record['step']}"
+                model += ", weighted" * bool(files.flatten(record).get(f"settings.{rundir.WEIGHTED}"))
                 figures = (
                     f"{record[f'{split}_loss']:.4f}",
                     f"{record[f'{split}_perplexity']:.2f}",
