@@ -25,6 +25,7 @@ CONFIG, ENVIRONMENT, METRICS, LOSSES = "config.yaml", "environment.json", "metri
 SAMPLES, CURVE, CHECKPOINTS, LOCK = "samples.md", "loss_curve.png", "checkpoints", ".lock"
 ROWS = "rows.parquet"  # among the checkpoints: what the run trained on and held out
 EXAMPLES, TOKENS = "_examples.csv", "_tokens.parquet"  # behind a result's name
+LEAKED = ("copies", "near_duplicates")  # what a result says of conversations that are training rows or nearly so
 WEIGHTED = "weighted_eval"  # a setting that losses depend on, in `ENVIRONMENT` and in results
 TRAIN_COLUMNS = (
     "epoch",

@@ -231,6 +231,8 @@ def _parse_turns(value: Any, what: str, row_format: RowFormat, *, alternate: boo
         value = turns.from_json(value, f"{what} must be a list of turns, found text that")
     if not isinstance(value, list | tuple):
         raise RowError(f"{what} must be a list of turns, found {turns.kind(value)}")
+    if all(isinstance(turn, str) and turn.lstrip().startswith("{") for turn in value):  # as exported columns have them
+        value = [turns.from_json(turn, f"turn {number} is text that") for number, turn in enumerate(value, start=1)]
     if alternate and all(isinstance(turn, str) for turn in value):
         texts = [turns.checked_text(text, f"turn {number}") for number, text in enumerate(value, start=1)]
         return [Message("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_lab.data import batching
 from lightning_lab.data.batching import MicroBatch, PromptBatch, SplitData, SplitMethod, SplitName, StepBatch
 from lightning_lab.data.conversation import EmptyAnswers, Prompt, RowFormat
-from lightning_lab.data.duplicates import Duplicates, find_duplicates
+from lightning_lab.data.duplicates import Duplicates, try_find
 from lightning_lab.data.encoding import ControlTokens, ConversationEncoder, Mask, Truncation, load_tokenizer
 from lightning_lab.data.loading import StepLoader, do_without_validation, loading_options
 from lightning_lab.data.preparation import prepare_rows
@@ -164,7 +164,7 @@ class ChatDataModule(pl.LightningDataModule):
             self.prepare(progress=True)
             print_summary(self)
             if self.trainer and self.trainer.state.fn == "fit":
-                assert self.duplicates  # found by one process, and kept in the cache for the others
+                _ = self.duplicates  # found by one process, and kept in the cache for the others
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -209,9 +209,9 @@ class ChatDataModule(pl.LightningDataModule):
         return self.splits
 
     @cached_property
-    def duplicates(self) -> Duplicates:
-        """Which rows repeat each other, in whatever split they are."""
-        return find_duplicates(self.rows, self.row_format, self.trainer is None or self.trainer.is_global_zero)
+    def duplicates(self) -> Duplicates | None:
+        """Which rows repeat each other, in whatever split they are; None where that cannot be found out."""
+        return try_find(self.rows, self.row_format, self.trainer is None or self.trainer.is_global_zero)
 
     def split_for(self, stage: str) -> str:
         """Name of the split that ``validate``, ``test`` or ``predict`` reads; ``fit`` always reads validation."""

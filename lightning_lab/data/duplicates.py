@@ -32,13 +32,13 @@ CROWD, FEW = 50, 5
 KINDS = ("copies", "near_duplicates", "same_question_other_answer", "same_first_turn")
 
 # Part of the cache key: raise it whenever the columns, or what is made of the same rows, change.
-_FORMAT = 1
+_FORMAT = 2
 # A character of a script without spaces is a word.
 _WORD = re.compile(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+")
 _FACTORS = np.random.default_rng(0).integers(2**64, size=SHINGLE, dtype=np.uint64) | np.uint64(1)
 _HASHES = ("first", "question", "answer")
 _SCHEMA = pa.schema(  # `near` has rows after this one alone
-    {**dict.fromkeys(_HASHES, pa.uint64()), "near": pa.list_(pa.int64()), "crowded": pa.bool_()}
+    {**dict.fromkeys(_HASHES, pa.uint64()), "same": pa.int64(), "near": pa.list_(pa.int64()), "crowded": pa.bool_()}
 )
 
 
@@ -49,46 +49,56 @@ class Duplicates(NamedTuple):
         first: uint64 [rows], a hash of the first user turn; 0 where there is none.
         question: uint64 [rows], of all before the last answer, the system message and tools too; 0 where nothing is.
         answer: uint64 [rows], of the last answer.
-        pairs: int64 [pairs, 2], near-duplicates in ascending order, of which the first has the lower row.
-        crowded: int64, rows that share a text with more than `CROWD` others and are not compared with them all.
+        same: int64 [rows], the first row with the same shingles, which stands for all of them.
+        pairs: int64 [pairs, 2], near-duplicates among those rows in ascending order, the lower row first.
 
     """
 
     first: np.ndarray
     question: np.ndarray
     answer: np.ndarray
+    same: np.ndarray
     pairs: np.ndarray
-    crowded: np.ndarray
 
     def groups(self, rows: int) -> np.ndarray:
         """Number the connected near-duplicates among the first ``rows`` rows: int [rows], the group of each."""
-        linked = self.pairs[self.pairs[:, 1] < rows]
+        links = np.concatenate([self.pairs, np.column_stack([self.same, np.arange(len(self.same))])])
+        linked = links[links[:, 1] < rows]
         graph = coo_array((np.ones(len(linked)), tuple(linked.T)), shape=(rows, rows))
         return connected_components(graph, directed=False)[1]
 
-    def matches(self, contents: np.ndarray, rows: np.ndarray, others: np.ndarray) -> dict[str, dict[int, int]]:
+    def matches(
+        self, contents: np.ndarray, rows: np.ndarray, others: np.ndarray, kinds: Sequence[str] = KINDS
+    ) -> dict[str, dict[int, int]]:
         """Find rows that repeat one of the ``others``, which may be the same rows.
 
         Args:
             contents: uint64 [all rows], as of `TokenizedRows`: equal of exact copies.
             rows: To look at.
             others: To look among.
+            kinds: What to look for.
 
         Returns:
-            For each of `KINDS`, such rows, each with one that it repeats. ``copies`` are near-duplicates too.
+            For each kind such rows in ascending order, each with one that it repeats. ``copies`` are near-duplicates
+            too.
 
         """
         row = np.arange(len(contents))
-        both = np.concatenate([self.pairs, self.pairs[:, ::-1]])
-        near = both[np.isin(both[:, 0], rows) & np.isin(both[:, 1], others)][::-1]  # the earliest pair counts
-        copies = _matches(contents, row, rows, others)
-        found = (
-            copies,
-            {**dict(near.tolist()), **copies},
-            _matches(self.question, self.answer, rows, others),
-            _matches(self.first, row, rows, others),
-        )
-        return {kind: dict(sorted(each.items())) for kind, each in zip(KINDS, found, strict=True)}
+        keys = {
+            "copies": (contents, row),
+            "near_duplicates": (self.same + 1, row),
+            "same_question_other_answer": (self.question, self.answer),
+            "same_first_turn": (self.first, row),
+        }
+        found = {kind: _matches(*keys[kind], rows, others) for kind in kinds}
+        if "near_duplicates" in kinds:
+            stands_for = dict(zip(self.same[others[::-1]].tolist(), others[::-1].tolist(), strict=True))
+            both = np.concatenate([self.pairs, self.pairs[:, ::-1]])
+            beside = {one: stands_for[other] for one, other in both[::-1].tolist() if other in stands_for}
+            stood_for = zip(rows.tolist(), self.same[rows].tolist(), strict=True)
+            near = {row: beside[one] for row, one in stood_for if one in beside}
+            found["near_duplicates"] = near | found["near_duplicates"]
+        return {kind: dict(sorted(each.items())) for kind, each in found.items()}
 
 
 def _matches(key: np.ndarray, unlike: np.ndarray, rows: np.ndarray, others: np.ndarray) -> dict[int, int]:
@@ -107,8 +117,8 @@ def _matches(key: np.ndarray, unlike: np.ndarray, rows: np.ndarray, others: np.n
 def find_duplicates(rows: Rows, row_format: RowFormat, progress: bool = True) -> Duplicates:
     """Compare all rows, or read what an earlier call found; rows that cannot be read repeat nothing.
 
-    Words are those of all turns but the system message, which data sets repeat. Near-duplicates are found exactly:
-    there is no estimate whose misses would have to be allowed for.
+    Words are those of all turns but the system message, which data sets repeat. Near-duplicates are not estimated: but
+    for crowds, of which a line says how many rows they are, all are found.
 
     Args:
         rows: The source.
@@ -128,12 +138,21 @@ def find_duplicates(rows: Rows, row_format: RowFormat, progress: bool = True) ->
             write_cached(path, _SCHEMA, [table])
         except OSError as error:  # it can be done without
             print(f"warning: cannot write {path}: {error.strerror or error}", file=sys.stderr)
-    later = np.repeat(np.arange(len(table)), pc.list_value_length(table["near"]).to_numpy())
-    pairs = np.column_stack([later, pc.list_flatten(table["near"]).to_numpy()])
-    first, question, answer, crowded = (table[name].to_numpy() for name in (*_HASHES, "crowded"))
-    if progress and crowded.any():
-        print(f"{crowded.sum():,} rows share a text with over {CROWD} others, compared with some only", file=sys.stderr)
-    return Duplicates(first, question, answer, pairs, np.flatnonzero(crowded))
+    earlier = np.repeat(np.arange(len(table)), pc.list_value_length(table["near"]).to_numpy())
+    pairs = np.column_stack([earlier, pc.list_flatten(table["near"]).to_numpy()])
+    if progress and (crowded := pc.sum(table["crowded"]).as_py()):
+        print(f"{crowded:,} rows share a text with over {CROWD} others, compared with some only", file=sys.stderr)
+    first, question, answer, same = (table[name].to_numpy() for name in (*_HASHES, "same"))
+    return Duplicates(first, question, answer, same, pairs)
+
+
+def try_find(rows: Rows, row_format: RowFormat, progress: bool = True) -> Duplicates | None:
+    """Do as `find_duplicates`, for those who only tell: None where it fails, as a line says."""
+    try:
+        return find_duplicates(rows, row_format, progress)
+    except Exception as error:  # of a million rows the memory may not do
+        print(f"warning: near-duplicates are not known ({type(error).__name__}: {error})", file=sys.stderr)
+        return None
 
 
 def _compare(rows: Rows, row_format: RowFormat, bar: Progress) -> pa.Table:
@@ -144,13 +163,16 @@ def _compare(rows: Rows, row_format: RowFormat, bar: Progress) -> pa.Table:
         turns.append((0, 0, 0) if isinstance(said, RowError) else _turns(said))
         words = [] if isinstance(said, RowError) else _words(said)
         shingles.append(_shingles([numbers[word] for word in words]))
-    candidates, crowded = _candidates(shingles)
+    first_of: dict[bytes, int] = {}
+    same = [first_of.setdefault(each.tobytes(), i) if len(each) else i for i, each in enumerate(shingles)]
+    once = [each if same[i] == i else each[:0] for i, each in enumerate(shingles)]  # so identical ones are no crowd
+    candidates, crowded = _candidates(once)
     found = [_are_near(shingles[i], shingles[j]) for i, j in bar.track(candidates.tolist(), description="comparing")]
     pairs = candidates[np.array(found, dtype=bool)]
     ends = np.searchsorted(pairs[:, 0], np.arange(len(rows) + 1)).astype(np.int32)
     near = pa.ListArray.from_arrays(ends, pairs[:, 1])
     first, question, answer = np.array(turns, dtype=np.uint64).T
-    return pa.table([first, question, answer, near, np.isin(np.arange(len(rows)), crowded)], schema=_SCHEMA)
+    return pa.table([first, question, answer, same, near, np.isin(np.arange(len(rows)), crowded)], schema=_SCHEMA)
 
 
 def _turns(conversation: Conversation) -> tuple[int, int, int]:
@@ -217,6 +239,7 @@ def _candidates(shingles: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     for distance in range(1, CROWD):
         at = at[at + distance < len(key)]
         at = at[(key[at] == key[at + distance]) & ((distance <= FEW) | ~crowded[at])]
+        at = at[row[at] != row[at + distance]]  # two hashes of one row may be cut to the same
         found.append(np.unique(row[at] * len(sizes) + row[at + distance]))
     return np.column_stack(np.divmod(np.unique(np.concatenate(found)), len(sizes))), np.unique(row[crowded])
 

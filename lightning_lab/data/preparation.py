@@ -3,6 +3,8 @@
 import sys
 from typing import Any
 
+import numpy as np
+
 from lightning_lab.data.batching import SplitData, split_rows, split_sizes
 from lightning_lab.data.conversation import RowFormat
 from lightning_lab.data.duplicates import find_duplicates
@@ -66,6 +68,9 @@ def prepare_rows(
     groups = find_duplicates(every, row_format, progress).groups(len(rows)) if options["group_duplicates"] else None
     splits = split_rows(sizes, len(rows), options["split_seed"], tokenized.dropped, method, groups)
     dealt = [len(split.rows) + len(split.dropped) for split in splits.values()]
+    if any(size and not got for size, got in zip(sizes, dealt, strict=True)) and groups is not None:
+        largest = f"one group of near-duplicates has {np.bincount(groups).max():,} of {len(rows):,} rows"
+        raise LabError(f"data.group_duplicates would leave a split empty: {largest}; set it to false")
     if progress and dealt != sizes:
         shown = ["/".join(f"{size:,}" for size in each) for each in (dealt, sizes)]
         print(f"data.group_duplicates: the splits have {shown[0]} rows, {shown[1]} were asked for", file=sys.stderr)

@@ -14,7 +14,7 @@ import numpy as np
 
 from lightning_lab.data.batching import SPLITS, pack
 from lightning_lab.data.conversation import parse_conversation, unread_keys
-from lightning_lab.data.duplicates import KINDS
+from lightning_lab.data.duplicates import KINDS, find_duplicates
 from lightning_lab.data.encoding import IGNORED
 from lightning_lab.data.summary import named, some, summary
 from lightning_lab.tables import Table
@@ -75,10 +75,11 @@ def check(data: ChatDataModule, *, as_json: bool = False, file: TextIO | None = 
 
     """
     file = file or sys.stdout
+    duplicates = find_duplicates(data.rows, data.row_format)
     splits = {str(name): data.splits[name].rows for name in SPLITS if len(data.splits[name].rows)}
     pairs = [*((name, name) for name in splits), *((later, first) for first, later in combinations(splits, 2))]
     contents, sizes = data.tokenized.contents, {name: len(rows) for name, rows in splits.items()}
-    found = [(one, of, data.duplicates.matches(contents, splits[one], splits[of])) for one, of in pairs]
+    found = [(one, of, duplicates.matches(contents, splits[one], splits[of])) for one, of in pairs]
     if as_json:
         each = [{"split": one, "repeats": of} | {k: [*v.items()] for k, v in kinds.items()} for one, of, kinds in found]
         print(json.dumps({"source": data.rows.name, "conversations": sizes, "found": each}), file=file)

@@ -219,8 +219,3 @@ def hashed(said: Any) -> int:
     """A hash of what can be JSON; 8 bytes, so that two of a million differ in all but 1 of 10 million data sets."""
     text = json.dumps(said, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-
-def _content(conversation: Conversation) -> int:
-    said = [(m.role, m.content.strip(), [call["function"] for call in m.tool_calls]) for m in conversation.messages]
-    return hashed([said, conversation.tools])

@@ -15,7 +15,7 @@ from lightning_lab.experiments.diary import Diary
 from lightning_lab.experiments.reference import published
 from lightning_lab.experiments.runs import SEED, SWEEP_FILE, Run, differing_settings, read_sweep, run_directories
 from lightning_lab.files import flatten
-from lightning_lab.rundir import WEIGHTED
+from lightning_lab.rundir import LEAKED, WEIGHTED
 
 T = TypeVar("T")
 VALIDATED_ON = ("data.fingerprint", "data.split_seed", "data.splits.validation")  # in environment.json
@@ -135,7 +135,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
             best = f"step {run.best['step']:,.0f}, where its validation loss is lowest"
             found.append(f"{run.name} was tested at step {tested:,}, not at {best}.")
         for name, own in run.evaluations.items():
-            for kind in (kind for kind in ("copies", "near_duplicates") if kind in own):
+            for kind in (kind for kind in LEAKED if own.get(kind)):
                 what = f"{own[kind]} conversations are {kind.replace('_', '-')} of training ones"
                 loss = own.get(f"{name.partition('@')[0].removesuffix('-base')}_loss_without_{kind}")
                 found.append(f"{run.name}, {name}: {what}; without them the loss is {loss}.")

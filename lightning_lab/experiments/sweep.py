@@ -59,7 +59,8 @@ def sweep_command(cli: Any) -> int:
 
     def resolve(settings: Mapping[str, Any]) -> dict[str, Any]:
         config, data = cli.check([*cli.arguments, *flags(settings)])
-        needed[json.dumps([config.data.as_dict(), config.model.base], default=str)] = (config, data)
+        needs = config.data.as_dict(), config.model.base, config.model.revision, config.trainer.limit_val_batches
+        needed[json.dumps(needs, default=str)] = (config, data)
         return {key: json.loads(json.dumps(config[key], default=str)) for key in settings}
 
     def prepare() -> None:
@@ -69,7 +70,7 @@ def sweep_command(cli: Any) -> int:
             if not len(data.splits["validation"].rows) or config.trainer.limit_val_batches == 0:
                 wanted = "a validation split (data.split or data.validation_source), no trainer.limit_val_batches 0"
                 raise LabError(f"a sweep compares its runs by their validation loss: give {data.rows.name} {wanted}")
-            assert data.duplicates  # found here, once for all runs
+            _ = data.duplicates  # found here, once for all runs
 
     status = Sweep(directory, SweepSettings(**vars(cli.settings.sweep)), cli.config_text(), resolve, prepare).run()
     summary = Summary([directory])

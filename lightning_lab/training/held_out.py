@@ -1,8 +1,8 @@
 """What a run trained on and held out, known by the contents of its conversations: rows move, and files are renamed.
 
-A table with the columns ``split``, ``row`` (in the run's own source), ``content`` (`TokenizedRows.contents`) and
-``near``, a row of the training split that a held-out one nearly repeats. Beside the three splits, ``trained_before``
-has what only the runs before were trained on, those that this one continues or began from.
+A table with the columns ``split``, ``row`` (in the run's own source), ``content`` (`TokenizedRows.contents`) and, if
+that is known, ``near``, a row of the training split that a held-out one nearly repeats. Beside the three splits,
+``trained_before`` has what only the runs before were trained on, those that this one continues or began from.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Standing(NamedTuple):
         is_own: It has exactly the conversations that the run dealt to the split of its name.
         trained: Its rows that were trained on.
         copies: Its rows that the run dealt to it, but a copy of which, another row of the run's source, was trained on.
-        near_duplicates: The same of a near-duplicate; copies are among them.
+        near_duplicates: The same of a near-duplicate; copies are among them. None where these are not known.
 
     """
 
     is_own: bool
     trained: list[int]
     copies: list[int]
-    near_duplicates: list[int]
+    near_duplicates: list[int] | None
 
 
 def deal_rows(data: ChatDataModule, earlier: pa.Table | None) -> pa.Table:
@@ -52,13 +52,16 @@ def deal_rows(data: ChatDataModule, earlier: pa.Table | None) -> pa.Table:
     contents, train = data.tokenized.contents, data.splits["train"].rows
     parts: list[tuple[str, Any, np.ndarray, list[int | None]]] = []
     for name, split in data.splits.items():
-        near = {} if name == "train" else data.duplicates.matches(contents, split.rows, train)["near_duplicates"]
+        near: dict[int, int] = {}
+        if data.duplicates and name != "train":
+            (near,) = data.duplicates.matches(contents, split.rows, train, ["near_duplicates"]).values()
         parts.append((name, split.rows, contents[split.rows], [near.get(row) for row in split.rows.tolist()]))
     if earlier is not None:
         before = np.setdiff1d(_contents(earlier, "train", BEFORE), contents[train])
         parts.append((BEFORE, pa.nulls(len(before), pa.int64()), before, [None] * len(before)))
     tables = [pa.table([[name] * len(rows), rows, said, near], schema=_SCHEMA) for name, rows, said, near in parts]
-    return pa.concat_tables(tables)
+    table = pa.concat_tables(tables)
+    return table if data.duplicates else table.drop_columns(["near"])
 
 
 def say_trained(dealt: pa.Table, data: ChatDataModule) -> None:
@@ -66,11 +69,12 @@ def say_trained(dealt: pa.Table, data: ChatDataModule) -> None:
     for name in ("validation", "test"):
         stands, rows = standing(dealt, data, name), data.splits[name].rows
         trained, size = stands.trained, len(rows)
-        first = data.duplicates.matches(data.tokenized.contents, rows, data.splits["train"].rows)["same_first_turn"]
-        if stands.near_duplicates or first:
-            near, copies = len(stands.near_duplicates), len(stands.copies)
+        if data.duplicates and stands.near_duplicates is not None:
+            train, near, copies = data.splits["train"].rows, len(stands.near_duplicates), len(stands.copies)
+            (first,) = data.duplicates.matches(data.tokenized.contents, rows, train, ["same_first_turn"]).values()
             what = f"{near:,} of {size:,} {name} conversations are near-duplicates of training ones ({copies:,} copies)"
-            print(f"{what}, {len(first):,} share their first turn; see preview --check", file=sys.stderr)
+            if near or first:
+                print(f"{what}, {len(first):,} share their first turn; see preview --check", file=sys.stderr)
         if trained:
             what = f"{len(trained):,} of {size:,} {name} conversations were trained on by the run before this one"
             print(f"warning: {what}; set data.split and its seed as they were", file=sys.stderr)
@@ -86,9 +90,12 @@ def standing(dealt: pa.Table, data: ChatDataModule, split: str) -> Standing:
     before, train = (np.isin(contents, _contents(dealt, name)) for name in (BEFORE, "train"))
     is_part = np.isin(contents, own).all()
     copies = train & ~before & is_part
-    near = copies | np.isin(contents, _contents(dealt.filter(dealt["near"].is_valid()), split)) & ~before & is_part
+    near = None
+    if "near" in dealt.column_names:
+        repeats = np.isin(contents, _contents(dealt.filter(dealt["near"].is_valid()), split))
+        near = rows[copies | repeats & ~before & is_part].tolist()
     trained = rows[(train | before) & ~copies]
-    return Standing(is_own, sorted(trained.tolist()), rows[copies].tolist(), rows[near].tolist())
+    return Standing(is_own, sorted(trained.tolist()), rows[copies].tolist(), near)
 
 
 def trained_rows(dealt: pa.Table, data: ChatDataModule, split: str) -> list[int]:
@@ -119,7 +126,9 @@ def trained_prompts(dealt: pa.Table, prompts: Sequence[Prompt]) -> list[int]:
 def read_rows(beside: Path) -> pa.Table | None:
     """The table beside a checkpoint or an adapter's folder; None where it is missing or damaged."""
     try:
-        return pq.read_table(beside.expanduser().resolve().with_name(ROWS), schema=_SCHEMA)
+        path = beside.expanduser().resolve().with_name(ROWS)
+        known = [name for name in _SCHEMA.names if name != "near" or name in pq.read_schema(path).names]
+        return pq.read_table(path, schema=_SCHEMA, columns=known)
     except (OSError, pa.ArrowException):
         return None
 

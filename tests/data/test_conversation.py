@@ -123,3 +123,12 @@ def test_prompts(row: dict[str, object], prompt: tuple[Message, ...] | None, ref
 def test_bad_prompts(row: dict[str, object], reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         parse_prompt(row)
+
+
+def test_turns_that_are_json_texts() -> None:
+    """As a column of texts exports them; not what is said in turn."""
+    turns = ('{"role": "user", "content": "a"}', ' {"from": "gpt", "value": "b"}')
+    assert parse_conversation({"messages": [*turns]}).messages == (Message("user", "a"), Message("assistant", "b"))
+    with pytest.raises(RowError, match="turn 1 is text that is not JSON"):
+        parse_conversation({"messages": ["{a}", "{b}"]})
+    assert parse_conversation({"messages": ["{a}", "b"]}).messages[0].content == "{a}"

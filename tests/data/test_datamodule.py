@@ -291,9 +291,18 @@ class TestGroups:
         self, tiny_base: Path, source: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         rows = [json.loads(line) for line in source.read_text().splitlines()]
-        twice = write(source.with_name("twice.jsonl"), [rows[0], rows[30], rows[40]])
-        build(tiny_base, twice, rows=None, split=[1, 1, 1], group_duplicates=True).prepare(progress=True)
-        assert "data.group_duplicates: the splits have 3/0/0 rows, 1/1/1 were asked for\n" in capsys.readouterr().err
+        three = [rows[0], rows[30], rows[40]]
+        twice = write(source.with_name("twice.jsonl"), [*three, *rows[1:4]])
+        build(tiny_base, twice, rows=None, split=[2, 2, 2], group_duplicates=True).prepare(progress=True)
+        said = capsys.readouterr().err
+        assert re.search(
+            r"data\.group_duplicates: the splits have [123]/[123]/[123] rows, 2/2/2 were asked for\n", said
+        )
+        alone = write(source.with_name("alone.jsonl"), three)
+        with pytest.raises(
+            LabError, match=r"leave a split empty: one group of near-duplicates has 3 of 3 rows; set it"
+        ):
+            build(tiny_base, alone, rows=None, split=[1, 1, 1], group_duplicates=True).prepare(progress=True)
 
     def test_the_labs_split_is_refused(self, tiny_base: Path, source: Path) -> None:
         with pytest.raises(LabError, match=r"^data\.group_duplicates moves rows, which data\.split_method lab cannot;"):

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_lab import ChatDataModule, QLoRAModule, run_directory
-from lightning_lab.data import datamodule
+from lightning_lab.data import datamodule, duplicates
 from lightning_lab.data.sources import load_rows
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.report import main as report
@@ -267,7 +267,23 @@ def test_a_table_without_near_duplicates_is_read(module: QLoRAModule, data: Any,
     pq.write_table(module.dealt.drop_columns("near"), tmp_path / "rows.parquet")
     older = held_out.read_rows(tmp_path / "last.ckpt")
     assert older is not None
-    assert held_out.standing(older, same, "test") == now._replace(near_duplicates=now.copies)
+    assert held_out.standing(older, same, "test") == now._replace(near_duplicates=None)
+
+
+def test_a_search_for_duplicates_that_fails_stops_nothing(
+    data: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any) -> None:
+        raise MemoryError("too many rows")
+
+    monkeypatch.setattr(duplicates, "find_duplicates", fail)
+    same = data("chats.jsonl")
+    same.prepare(progress=False)
+    dealt = held_out.deal_rows(same, None)
+    held_out.say_trained(dealt, same)
+    assert dealt.column_names == ["split", "row", "content"]
+    assert held_out.standing(dealt, same, "test").near_duplicates is None
+    assert capsys.readouterr().err == "warning: near-duplicates are not known (MemoryError: too many rows)\n"
 
 
 def test_what_is_held_out_and_like_training_rows_is_said(

@@ -47,19 +47,19 @@ def write_diary(run_dir: Path, name: str, record: Mapping[str, Any], found: Eval
         data: The conversations.
 
     Returns:
-        Whether all went well.
+        Whether the losses of the tokens are there.
 
     """
-    tokens = run_dir / f"{name}{rundir.TOKENS}"
-    try:
-        tokens.unlink(missing_ok=True)  # never that of an evaluation before
-        join_base(run_dir, record)
-        _write_tokens(tokens, found, data)
-    except Exception as error:  # whatever tokenizers, Arrow and old files lead to
-        what = "conversations cannot be reported with their tokens or beside the base"
-        print(f"warning: {run_dir / name}: {what} ({error})", file=sys.stderr)
-        return False
-    return True
+    steps = {
+        "with their tokens": lambda: _write_tokens(run_dir / f"{name}{rundir.TOKENS}", found, data),
+        "beside the base": lambda: join_base(run_dir, record),
+    }
+    for how, step in steps.items():
+        try:
+            step()
+        except Exception as error:  # whatever tokenizers, Arrow and old files lead to
+            print(f"warning: {run_dir / name}: cannot be reported {how} ({error})", file=sys.stderr)
+    return (run_dir / f"{name}{rundir.TOKENS}").exists()
 
 
 def join_base(run_dir: Path, record: Mapping[str, Any]) -> None:
@@ -78,9 +78,7 @@ def join_base(run_dir: Path, record: Mapping[str, Any]) -> None:
     """
     split = record["split"]
     names = [path.stem for mark in ("", "@*", "-base*") for path in sorted(run_dir.glob(f"{split}{mark}.json"))]
-    keys = ("contents", "data_fingerprint", "settings")
-    others = {name: files.read_json(run_dir / f"{name}.json") for name in names}
-    same = [name for name, other in others.items() if all(other.get(key) == record[key] for key in keys)]
+    same = [name for name in names if _known_by(files.read_json(run_dir / f"{name}.json")) == _known_by(record)]
     bases = [name for name in same if name.startswith(f"{split}-{rundir.BASE}")]
     if not bases:
         return
@@ -92,7 +90,14 @@ def join_base(run_dir: Path, record: Mapping[str, Any]) -> None:
             joined = ("", "") if loss is None else (repr(loss), repr(float(row["loss"]) - loss))
             row |= dict(zip(JOINED, joined, strict=True))
             lines += [",".join(row.values())] if lines else [",".join(row), ",".join(row.values())]
-        files.write_whole(run_dir / f"{name}{rundir.EXAMPLES}", "".join(f"{line}\r\n" for line in lines))
+        if lines:
+            files.write_whole(run_dir / f"{name}{rundir.EXAMPLES}", "".join(f"{line}\r\n" for line in lines))
+
+
+def _known_by(record: Mapping[str, Any]) -> list[Any]:
+    """What the results of the same conversations and tokens have in common; older ones do not say that none weigh."""
+    settings = {f"settings.{rundir.WEIGHTED}": False} | files.flatten({"settings": record.get("settings")})
+    return [record.get("contents"), record.get("data_fingerprint"), settings]
 
 
 def _examples(run_dir: Path, name: str) -> list[dict[str, str]]:

@@ -52,7 +52,7 @@ class PredictionWriter(pl.Callback):
                 there = [{key: json.loads(line)[key] for key in ("row", "messages")} for line in lines]
             except FileNotFoundError:
                 return True
-            except (ValueError, LookupError, TypeError):
+            except (OSError, ValueError, LookupError, TypeError):
                 return False
             return there == asked[: len(there)]
 

@@ -198,7 +198,7 @@ def environment(module: QLoRAModule, command: Sequence[str]) -> dict[str, Any]:
         "adapter_weights": module.adapter_weights,
         "git_commit": _git_commit(),
         "seed": module.settings.seed,
-        "weighted_eval": module.settings.weighted_eval,
+        rundir.WEIGHTED: module.settings.weighted_eval,
         "trainable_parameters": sum(weight.numel() for weight in module.trainable()),
         "total_steps": module.total_steps,
     }

@@ -18,14 +18,13 @@ from typing_extensions import override
 
 from lightning_lab import files, rundir
 from lightning_lab.data.batching import SPLITS
-from lightning_lab.tables import NONE, Table
+from lightning_lab.tables import NONE, Table, numbers
 from lightning_lab.training.callbacks.diary import write_diary
 from lightning_lab.training.callbacks.names import result_name, standing_to_run
 from lightning_lab.training.callbacks.record import write_losses
 from lightning_lab.training.module import QLoRAModule
 
 SETTINGS = ("max_length", "template", "mask", "truncation")  # of the data, which a loss depends on
-LEAKED = ("copies", "near_duplicates")  # of training rows, as `held_out.Standing` has them
 
 
 class Results(pl.Callback):
@@ -66,13 +65,14 @@ class Results(pl.Callback):
             record["contents"] = hashlib.sha256(contents.tobytes()).hexdigest()[:16]
             record["source"] = data.hparams.get(f"{split}_source") or data.source
             weighted = pl_module.settings.weighted_eval
-            record["settings"] = {key: data.hparams[key] for key in SETTINGS} | {"weighted_eval": weighted}
+            record["settings"] = {key: data.hparams[key] for key in SETTINGS} | {rundir.WEIGHTED: weighted}
         if found.trained:
             record["trained"] = {"conversations": len(found.trained.rows), "loss": found.trained.loss}
-        for kind in LEAKED:
+        for kind in rundir.LEAKED:
             if rows := getattr(stands, kind, None):
                 others, those = found.apart(rows)
-                record |= {kind: len(those.rows), f"{split}_loss_without_{kind}": others.loss}
+                loss = others.loss if len(others.rows) else None
+                record |= {kind: len(those.rows), f"{split}_loss_without_{kind}": loss}
         evaluated = len(found.rows) + (len(found.trained.rows) if found.trained else 0)
         if data and (left_out := len(data.splits[split].rows) - evaluated):
             record["left_out_by_a_limit"] = left_out
@@ -80,6 +80,7 @@ class Results(pl.Callback):
         is_own = stands.is_own if stands else None
         name = result_name(name, record.get("source"), is_own, lambda free: self._is_free(free, record))
         files.make_directory(self.run_dir)
+        (self.run_dir / f"{name}{rundir.TOKENS}").unlink(missing_ok=True)  # of the evaluation before
         files.write_whole(self.run_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
         columns = {"row": found.rows, "loss": found.nll / found.weight, "supervised_tokens": found.tokens}
         if pl_module.settings.weighted_eval:
@@ -123,11 +124,14 @@ def results_table(run_dir: Path) -> Table:
                 beside = []
                 if trained := record.get("trained"):
                     beside.append(("trained on", trained["loss"], trained["conversations"]))
-                for kind in LEAKED:
+                for kind in rundir.LEAKED:
                     if some := record.get(kind):
                         what, left = f"without {kind.replace('_', '-')}", record["conversations"] - some
                         beside.append((what, record[f"{split}_loss_without_{kind}"], left))
-                more = [(f"{name}, {what}", model, f"{x:.4f}", NONE, NONE, f"{n:,}", NONE) for what, x, n in beside]
+                more = [
+                    (f"{name}, {what}", model, *numbers([loss], ".4f"), NONE, NONE, f"{count:,}", NONE)
+                    for what, loss, count in beside
+                ]
             except (KeyError, TypeError, ValueError):  # not there, or damaged: the next evaluation writes it anew
                 continue
             rows += [(name, model, *figures), *more]
