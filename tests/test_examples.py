@@ -141,6 +141,7 @@ def notebook() -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_the_packages_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is written, but for one step, a few conversations and short samples."""
     import lightning.pytorch as pl

@@ -93,7 +93,7 @@ class TestNothingIsLost:
         [
             ("validation 5", 5, signal.SIGKILL),
             ("after validation 10", 10, signal.SIGTERM),  # as in samples
-            ("validation 26", 26, signal.SIGTERM),  # after the last step
+            pytest.param("validation 26", 26, signal.SIGTERM, marks=pytest.mark.slow),  # after the last step
             ("samples before training", 0, signal.SIGTERM),
             pytest.param("validation 5", 5, signal.SIGTERM, marks=pytest.mark.slow),
             pytest.param("after validation 10", 10, signal.SIGKILL, marks=pytest.mark.slow),

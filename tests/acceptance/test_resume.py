@@ -34,7 +34,7 @@ def stop_at(step: int, number: int, args: list[str], folder: Path) -> int:
         (2, signal.SIGKILL, -9),  # before the first validation
         # around the last step's validation and the best checkpoint
         pytest.param(26, signal.SIGKILL, -9, marks=pytest.mark.slow),
-        (17, signal.SIGINT, 130),
+        pytest.param(17, signal.SIGINT, 130, marks=pytest.mark.slow),
         (10, signal.SIGTERM, 143),  # a step with a validation
     ],
 )

@@ -82,7 +82,7 @@ def gradients(model: Any, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", pytest.param("selective", marks=pytest.mark.slow), "full"])
 @pytest.mark.parametrize("bits", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_one_graph_for_all_lengths_and_the_same_gradients(folder: Path, bits: int, checkpointing: str) -> None:
     eager, compiled = adapted(folder, bits), adapted(folder, bits)
