@@ -81,18 +81,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(command: str, argv: list[str]) -> int:
     """Run a command; say in one line what the user can put right."""
-    first = "lightning_lab.cli" not in sys.modules
-    if first:  # what is imported stays: to search it for cycles again and again takes a quarter of the imports' time
-        gc.disable()
-    import torch
-    from jsonargparse import ArgumentError
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    gc.disable()  # what is imported stays: to search it for cycles again and again takes a third of the imports' time
+    try:
+        import torch
+        from jsonargparse import ArgumentError
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from lightning_lab.cli import run
-
-    if first:
-        gc.freeze()
+        from lightning_lab.cli import run
+    finally:
         gc.enable()
+    if not gc.get_freeze_count():  # once: what is garbage by then is never freed
+        gc.freeze()
     _quieten()  # not earlier: the libraries set their own levels when they are imported
     try:
         return run(command, argv)

@@ -265,11 +265,16 @@ def keep_metrics(path: Path, step: int, *, validated: bool) -> None:
     write_whole(path, ",".join(COLUMNS) + "\n" + "".join(kept))
 
 
+def is_weighted(result: Mapping[str, Any]) -> bool:
+    """Whether the loss of a ``<split>.json`` is weighted; those of earlier versions, which do not say so, are not."""
+    return bool(flatten(result).get(f"settings.{WEIGHTED}"))
+
+
 def base_loss(run_dir: Path) -> float | None:
     """The untouched base's validation loss, where it has been measured, weighted or not as the run's own are."""
-    record, weighted = read_json(run_dir / f"validation-{BASE}.json"), read_json(run_dir / ENVIRONMENT).get(WEIGHTED)
-    loss, same = record.get("validation_loss"), bool(flatten(record).get(f"settings.{WEIGHTED}")) == bool(weighted)
-    return loss if isinstance(loss, float) and same else None
+    result, weighted = read_json(run_dir / f"validation-{BASE}.json"), read_json(run_dir / ENVIRONMENT).get(WEIGHTED)
+    loss = result.get("validation_loss")
+    return loss if isinstance(loss, float) and is_weighted(result) == bool(weighted) else None
 
 
 def stopped_early(validation_losses: Sequence[float], patience: int | None) -> bool:

@@ -14,6 +14,9 @@ CODE_OR_MARKUP = re.compile(
     r"(?P<run>(?<!`)`+(?!`)).+?(?<!`)(?P=run)(?!`)"
     r"|[\\*<]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|\](?=[(\[:])|^(?=>|~~~|```|[-+#]+(?:\s|$))"
 )
+# Rows quote the codes that steer terminals, and characters that no page may have: C0 has pictures, C1 has none.
+CONTROLS = {**{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}, 127: 0x2421}
+CONTROLS |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 
 class Best(str):
@@ -70,6 +73,11 @@ def numbers(
     chosen = best(finite) if best and len(finite) > 1 else None
     cells = [missing if value is None else f"{value:{form}}" for value in values]
     return [Best(c) if value is not None and value == chosen else c for c, value in zip(cells, values, strict=True)]
+
+
+def without_controls(text: str) -> str:
+    """Text with a sign in the place of each control character but tabs and line ends."""
+    return text.translate(CONTROLS)
 
 
 def escape(text: str) -> str:

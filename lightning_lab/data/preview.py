@@ -17,7 +17,7 @@ from lightning_lab.data.conversation import parse_conversation, unread_keys
 from lightning_lab.data.duplicates import KINDS, find_duplicates
 from lightning_lab.data.encoding import IGNORED
 from lightning_lab.data.summary import named, some, summary
-from lightning_lab.tables import Table
+from lightning_lab.tables import Table, without_controls
 
 if TYPE_CHECKING:
     from lightning_lab.data.datamodule import ChatDataModule
@@ -100,8 +100,7 @@ def _runs(data: ChatDataModule, row: int) -> Iterator[tuple[str, bool]]:
     ids, supervised = data.tokenized.input_ids(row), data.tokenized.labels(row) != IGNORED
     edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
     for start, end in pairwise(edges):
-        # A row may quote the codes that steer a terminal.
-        yield _decode(data, ids[start:end].tolist()).replace("\x1b", "␛"), bool(supervised[start])
+        yield without_controls(_decode(data, ids[start:end].tolist())), bool(supervised[start])
 
 
 def _decode(data: ChatDataModule, ids: list[int]) -> str:

@@ -24,8 +24,7 @@ import numpy as np
 
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.runs import Run, differing_settings
-from lightning_lab.files import flatten
-from lightning_lab.rundir import WEIGHTED
+from lightning_lab.rundir import WEIGHTED, is_weighted
 
 # A bootstrap of few is too narrow, and more so where lengths are skewed. Its 95 % intervals covered the truth of the
 # tests' synthetic losses in 76 % of 3,000 draws of 5 conversations, 85 % of 10, 89 % of 20, 92 % of 50, 93 % of 150,
@@ -215,8 +214,7 @@ def _paired(a: Run, b: Run, split: str) -> tuple[np.ndarray, ...]:
         because = f" (they differ in {', '.join(settings)})" if settings else ""
         what = "their data_fingerprint is missing or differs, so the data or the tokens are not the same"
         raise LabError(f"{both}: {what}{because}; evaluate both on the same data")
-    weighted = [bool(flatten(run.evaluations.get(split, {})).get(f"settings.{WEIGHTED}")) for run in (a, b)]
-    if weighted[0] != weighted[1]:
+    if len({is_weighted(run.evaluations.get(split, {})) for run in (a, b)}) > 1:
         raise LabError(f"{both}: the loss of one is weighted; evaluate both under the same model.{WEIGHTED}")
     if differ := set(zip(rows_a, *own_a, strict=True)) ^ set(zip(rows_b, *own_b, strict=True)):
         what = f"their conversations or masks differ, first in row {min(differ)[0]:.0f}"

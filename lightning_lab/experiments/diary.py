@@ -11,16 +11,12 @@ from typing import Any, NamedTuple
 
 from lightning_lab.errors import LabError
 from lightning_lab.experiments.runs import Example, Run, evaluation_command
-from lightning_lab.files import flatten
-from lightning_lab.rundir import BASE, EXAMPLES, TOKENS, WEIGHTED
-from lightning_lab.tables import NONE, Table, escape, numbers
+from lightning_lab.rundir import BASE, EXAMPLES, TOKENS, is_weighted
+from lightning_lab.tables import NONE, Table, escape, numbers, without_controls
 
 SHOWN = 3  # of each kind
 BEGINNING = 80  # characters of an answer in the table
 TOLERANCE = 1e-3  # of a loss against the float32 losses of its tokens
-# Rows quote the codes that steer terminals, and characters that no page may have: C0 has pictures, C1 has none.
-CONTROLS = {**{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}, 127: 0x2421}
-CONTROLS |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 COLUMNS = (
     *("conversation", "row", "place", "loss", "base loss", "loss minus base", "supervised tokens", "first answer"),
@@ -126,13 +122,13 @@ class Diary:
             return {}, []
         path, found = self.run.path / f"{name}{TOKENS}", {}
         why = f"{path}: is of another evaluation"
-        weighted = flatten(self.run.evaluations.get(name, {})).get(f"settings.{WEIGHTED}")  # as its tokens are not
+        weighted = is_weighted(self.run.evaluations.get(name, {}))  # as its tokens are not
         try:
             for row, where, pieces, nll in _stored(path, expected):
                 mean = sum(value for value in nll if value is not None) / expected[row][1]
                 same = weighted or math.isclose(mean, expected[row][0], rel_tol=TOLERANCE)
                 if len(pieces) == len(nll) and same:
-                    found[row] = where.translate(CONTROLS), [piece.translate(CONTROLS) for piece in pieces], nll
+                    found[row] = without_controls(where), list(map(without_controls, pieces)), nll
         except Exception as error:  # whatever Arrow makes of a damaged file
             why = f"{path}: cannot be read ({' '.join(str(error).split())})"
         if len(found) == len(expected):

@@ -1,9 +1,12 @@
 """Bad input ends with one line, exit status 2, no traceback, and nothing that was saved is lost."""
 
+import gc
 import json
 import socket
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -230,3 +233,22 @@ def test_preview_needs_no_gpu(tiny_args: list[str], capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["labels"]
     assert main(["preview", *tiny_args, "--check", "--json"]) == 0
     assert [each["split"] for each in json.loads(capsys.readouterr().out)["found"]][:1] == ["train"]
+
+
+def test_imports_are_not_searched_for_cycles_and_all_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first command of a process imports is set apart, once; a collector that stayed off would leak."""
+    frozen, searched = [], []
+
+    class Imported:
+        @property
+        def run(self) -> Any:
+            searched.append(gc.isenabled())
+            return lambda command, argv: searched.append(gc.isenabled()) or 0
+
+    monkeypatch.setitem(sys.modules, "lightning_lab.cli", Imported())
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: len(frozen))
+    for _ in range(2):
+        assert main(["preview"]) == 0
+    assert searched == [False, True] * 2
+    assert frozen == [True]

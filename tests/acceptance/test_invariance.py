@@ -51,8 +51,9 @@ def assert_equal_runs(found: list[Path], steps: int = STEPS) -> None:
 CHITCHAT = {"data.rows": 70, "data.split": "[59,6,5]"}
 
 
-def test_tiny_llama_on_chitchat(tmp_path: Path, tiny_base: Path) -> None:
-    assert_equal_runs(runs(tmp_path, (16_384, 512), **CHITCHAT, **{"model.base": tiny_base}))
+@pytest.mark.parametrize("cut", [512, pytest.param(2_048, marks=pytest.mark.slow)])
+def test_tiny_llama_on_chitchat(tmp_path: Path, tiny_base: Path, cut: int) -> None:
+    assert_equal_runs(runs(tmp_path, (16_384, cut), **CHITCHAT, **{"model.base": tiny_base}))
 
 
 @pytest.mark.parametrize("mode", ["selective", pytest.param("full", marks=pytest.mark.slow)])

@@ -186,6 +186,12 @@ def test_a_cache_that_cannot_be_written_stops_nothing(folder: Path, capsys: pyte
     assert f"warning: cannot write {folder}/" in capsys.readouterr().err
 
 
+def test_a_row_is_not_its_own_near_duplicate() -> None:
+    """Two of its hashes differ in the first bit alone, which is cut off to make room for the row."""
+    rows = [np.array([1, 1 + 2**63], dtype=np.uint64), np.array([5], dtype=np.uint64)]
+    assert module._candidates(rows)[0].tolist() == []
+
+
 def test_copies_are_found_in_any_crowd() -> None:
     """Twelve texts in three places: each stands in 144 different conversations, of which there are six copies."""
     texts = [" ".join(words(f"text{i}", 20)) for i in range(12)]

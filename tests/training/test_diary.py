@@ -183,10 +183,17 @@ def test_what_cannot_be_written_is_a_warning(
     (tmp_path / "test_tokens.parquet").write_bytes(b"of the evaluation before")
     record = json.loads(Path("run/test.json").read_text())
     assert not diary.write_diary(tmp_path, "test", record, evaluated, data)
-    assert "test: conversations cannot be reported with their tokens or beside the base (no such text)" in (
-        capsys.readouterr().err
-    )
+    where = f"warning: {tmp_path / 'test'}: conversations cannot be reported"
+    assert capsys.readouterr().err == f"{where} with their tokens (no such text)\n"
     assert not list(tmp_path.iterdir())
+    # and a base's damaged losses keep no tokens back
+    monkeypatch.undo()
+    for name in ("test", "test-base"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    (tmp_path / "test-base_examples.csv").write_text("row\r\n1\r\n")
+    assert diary.write_diary(tmp_path, "test", record, evaluated, data)
+    assert pq.read_table(tmp_path / "test_tokens.parquet")["row"].to_pylist() == evaluated.rows.tolist()
+    assert capsys.readouterr().err == f"{where} beside the base ('supervised_tokens')\n"
 
 
 @pytest.fixture(scope="module")

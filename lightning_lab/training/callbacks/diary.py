@@ -12,6 +12,7 @@ import csv
 import io
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,15 @@ def write_diary(run_dir: Path, name: str, record: Mapping[str, Any], found: Eval
         Whether the losses of the tokens are there.
 
     """
-    steps = {
-        "with their tokens": lambda: _write_tokens(run_dir / f"{name}{rundir.TOKENS}", found, data),
-        "beside the base": lambda: join_base(run_dir, record),
-    }
-    for how, step in steps.items():
+    tokens = run_dir / f"{name}{rundir.TOKENS}"
+    with_tokens, beside_base = partial(_write_tokens, tokens, found, data), partial(join_base, run_dir, record)
+    tokens.unlink(missing_ok=True)  # never that of an evaluation before
+    for how, step in (("with their tokens", with_tokens), ("beside the base", beside_base)):
         try:
             step()
         except Exception as error:  # whatever tokenizers, Arrow and old files lead to
-            print(f"warning: {run_dir / name}: cannot be reported {how} ({error})", file=sys.stderr)
-    return (run_dir / f"{name}{rundir.TOKENS}").exists()
+            print(f"warning: {run_dir / name}: conversations cannot be reported {how} ({error})", file=sys.stderr)
+    return tokens.exists()
 
 
 def join_base(run_dir: Path, record: Mapping[str, Any]) -> None:
@@ -95,8 +95,9 @@ def join_base(run_dir: Path, record: Mapping[str, Any]) -> None:
 
 
 def _known_by(record: Mapping[str, Any]) -> list[Any]:
-    """What the results of the same conversations and tokens have in common; older ones do not say that none weigh."""
-    settings = {f"settings.{rundir.WEIGHTED}": False} | files.flatten({"settings": record.get("settings")})
+    """What the results of the same conversations and tokens have in common."""
+    weighted = {f"settings.{rundir.WEIGHTED}": rundir.is_weighted(record)}  # which older ones do not have
+    settings = files.flatten({"settings": record.get("settings")}) | weighted
     return [record.get("contents"), record.get("data_fingerprint"), settings]
 
 

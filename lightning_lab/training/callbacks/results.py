@@ -24,7 +24,7 @@ from lightning_lab.training.callbacks.names import result_name, standing_to_run
 from lightning_lab.training.callbacks.record import write_losses
 from lightning_lab.training.module import QLoRAModule
 
-SETTINGS = ("max_length", "template", "mask", "truncation")  # of the data, which a loss depends on
+SETTINGS = ("max_length", "template", "mask", "truncation", rundir.WEIGHTED)  # which a loss depends on
 
 
 class Results(pl.Callback):
@@ -64,8 +64,8 @@ class Results(pl.Callback):
             contents = np.sort(data.tokenized.contents[data.splits[split].rows])
             record["contents"] = hashlib.sha256(contents.tobytes()).hexdigest()[:16]
             record["source"] = data.hparams.get(f"{split}_source") or data.source
-            weighted = pl_module.settings.weighted_eval
-            record["settings"] = {key: data.hparams[key] for key in SETTINGS} | {rundir.WEIGHTED: weighted}
+            settings = {**data.hparams, rundir.WEIGHTED: pl_module.settings.weighted_eval}
+            record["settings"] = {key: settings[key] for key in SETTINGS}
         if found.trained:
             record["trained"] = {"conversations": len(found.trained.rows), "loss": found.trained.loss}
         for kind in rundir.LEAKED:
@@ -80,7 +80,6 @@ class Results(pl.Callback):
         is_own = stands.is_own if stands else None
         name = result_name(name, record.get("source"), is_own, lambda free: self._is_free(free, record))
         files.make_directory(self.run_dir)
-        (self.run_dir / f"{name}{rundir.TOKENS}").unlink(missing_ok=True)  # of the evaluation before
         files.write_whole(self.run_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
         columns = {"row": found.rows, "loss": found.nll / found.weight, "supervised_tokens": found.tokens}
         if pl_module.settings.weighted_eval:
@@ -113,7 +112,7 @@ def results_table(run_dir: Path) -> Table:
             try:
                 used = record["checkpoint"]
                 model = used if used == rundir.BASE else f"{Path(used).stem}, step {record['step']}"
-                model += ", weighted" * bool(files.flatten(record).get(f"settings.{rundir.WEIGHTED}"))
+                model += ", weighted" * rundir.is_weighted(record)
                 figures = (
                     f"{record[f'{split}_loss']:.4f}",
                     f"{record[f'{split}_perplexity']:.2f}",
