@@ -135,6 +135,7 @@ def passes(
     from lightning_lab.models import qlora
     from lightning_lab.models.attention import attention_arguments, register_document_attention
     from lightning_lab.models.base import load_base, resolve_compute_dtype
+    from lightning_lab.models.fused_linear import KeptTensors
     from lightning_lab.models.loss import supervised_nll, supervised_nll_sum
 
     cpu = torch.device("cpu")
@@ -146,10 +147,8 @@ def passes(
         base, r=16, alpha=16, dropout=0.0, target_modules=targets, rslora=False, dora=False, seed=1, fused=fused
     )
     qlora.enable_checkpointing(model, checkpointing)
-    if cached:
-        from lightning_lab.models.fused_linear import keep_weights
-
-        keep_weights(model, compute)
+    if fused:
+        KeptTensors(model, compute, cached)
     if compiled:
         qlora.compile_layers(model)
     model.train()

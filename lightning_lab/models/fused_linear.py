@@ -20,50 +20,52 @@ from torch.autograd.function import once_differentiable
 
 
 class Weight(NamedTuple):
-    """A frozen weight as plain tensors: as it is, or doubly quantised NF4 (arXiv:2305.14314, bitsandbytes' layout).
+    """A frozen weight as plain tensors: as it is, or NF4 (arXiv:2305.14314, bitsandbytes' layout).
 
     Attributes:
-        tensors: ``[out_features, in_features]``. Of NF4: the weight, uint8, two values a byte; each block's scale,
-            ``[blocks]`` uint8, quantised itself; what its codes stand for, ``[256]`` float32; the scales of the scales,
-            ``[blocks of blocks]`` float32; and their offset, float32 scalar.
-        sizes: None. Of NF4: ``out_features``, ``in_features``, values that share a scale, scales that share a scale.
+        values: ``[out_features, in_features]``; of NF4 uint8, two values a byte.
+        scales: Of NF4 alone, ``[blocks]`` float32.
+        sizes: Of NF4 alone: ``out_features``, ``in_features``, values that share a scale.
 
     """
 
-    tensors: Sequence[Tensor]
+    values: Tensor
+    scales: Tensor | None = None
     sizes: Sequence[int] = ()
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Weight | None":
-        """Read a layer; None where it is neither ``nn.Linear`` nor in doubly quantised NF4 (not repacked)."""
+        """Read a layer; None where it is neither ``nn.Linear`` nor in doubly quantised NF4 (not repacked).
+
+        The scales, which are stored in 8 bits, come in float32: four bytes more for 64 weights, and two kernels less
+        each time the weight is dequantised, to the same values.
+        """
         weight = cast(Tensor, layer.weight)
         if type(layer) is nn.Linear:
-            return cls((weight,))
+            return cls(weight)
         state = getattr(weight, "quant_state", None)
         if state is None or not state.nested or state.quant_type != "nf4":
             return None
         if getattr(state, "packing_format_for_cpu", False):  # for inference, in place
             return None
         inner = state.state2
-        return cls(
-            (weight.data, state.absmax, inner.code, inner.absmax, state.offset),
-            (*state.shape, state.blocksize, inner.blocksize),
+        scales = torch.ops.bitsandbytes.dequantize_blockwise(
+            state.absmax, inner.absmax, inner.code, inner.blocksize, torch.float32
         )
+        return cls(weight.data, scales + state.offset, (*state.shape, state.blocksize))
 
 
-def dequantise(tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a `Weight` as ``[out_features, in_features]``; NF4 in ``dtype``, by bitsandbytes' own kernels."""
-    if not sizes:
-        return tensors[0]
-    packed, absmax, absmax_code, absmax_absmax, absmax_offset = tensors
-    *shape, blocksize, absmax_blocksize = sizes
-    absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-        absmax, absmax_absmax, absmax_code, absmax_blocksize, torch.float32
-    )
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax + absmax_offset, blocksize, "nf4", shape, dtype)
+def dequantise(values: Tensor, scales: Tensor | None, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a `Weight` as ``[out_features, in_features]``; NF4 in ``dtype``, by bitsandbytes' own kernel."""
+    if scales is None:
+        return values
+    *shape, blocksize = sizes
+    return torch.ops.bitsandbytes.dequantize_4bit(values, scales, blocksize, "nf4", shape, dtype)
 
 
-def qlora_linear(x: Tensor, weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def qlora_linear(
+    x: Tensor, weight: Weight, a: Tensor, b: Tensor, scale: float, rounded: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """``x W^T + scale (x A^T) B^T``, differentiable with respect to ``x``, ``a`` and ``b``.
 
     Args:
@@ -72,49 +74,69 @@ def qlora_linear(x: Tensor, weight: Weight, a: Tensor, b: Tensor, scale: float) 
         a: ``[r, in_features]`` float32.
         b: ``[out_features, r]`` float32.
         scale: Of the adapter.
+        rounded: ``a`` and ``b`` in the compute dtype, if somebody has them already.
 
     Returns:
         ``[..., out_features]`` in the compute dtype.
 
     """
     rows = x.reshape(-1, x.shape[-1])
-    return _QLoRALinear.apply(rows, a, b, scale, weight.sizes, *weight.tensors).reshape(*x.shape[:-1], b.shape[0])
+    if rounded is None or rounded[0].dtype != x.dtype:
+        rounded = a.detach().to(x.dtype), b.detach().to(x.dtype)
+    y = _QLoRALinear.apply(rows, a, b, *rounded, scale, *weight)
+    return y.reshape(*x.shape[:-1], b.shape[0])
 
 
 class _QLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, sizes: Sequence[int], *weight: Tensor
+        ctx: Any,
+        x: Tensor,
+        _a: Tensor,  # in float32, for the gradient alone
+        _b: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        values: Tensor,
+        scales: Tensor | None,
+        sizes: Sequence[int],
     ) -> Tensor:
         # Not part of the operator: when a compiled layer is recomputed, its last linear's y is needed no more, only xa.
-        xa = x @ a.to(x.dtype).T
+        xa = x @ a.T
         multiply = _multiply_op if torch.compiler.is_compiling() else _multiply
-        y = multiply(x, weight, sizes, True, xa, b.T, scale)
-        ctx.save_for_backward(x, xa, a, b, *weight)
+        y = multiply(x, values, scales, sizes, True, xa, b.T, scale)
+        ctx.save_for_backward(x, xa, a, b, values, scales)
         ctx.scale, ctx.sizes = scale, sizes
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, a, b, *weight = ctx.saved_tensors
-        dy_b = dy @ b.to(dy.dtype)
+        x, xa, a, b, values, scales = ctx.saved_tensors
+        dy_b = dy @ b
         da = _product_in_float32(dy_b.T, x).mul_(ctx.scale) if ctx.needs_input_grad[1] else None
         db = _product_in_float32(dy.T, xa).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
         dx = None
         if ctx.needs_input_grad[0]:
             multiply = _multiply_op if torch.compiler.is_compiling() else _multiply
-            dx = multiply(dy, weight, ctx.sizes, False, dy_b, a, ctx.scale)
-        return dx, da, db, None, None, *(None for _ in weight)
+            dx = multiply(dy, values, scales, ctx.sizes, False, dy_b, a, ctx.scale)
+        return dx, da, db, None, None, None, None, None, None
 
 
 def _multiply(
-    x: Tensor, weight: Sequence[Tensor], sizes: Sequence[int], forward: bool, low: Tensor, factor: Tensor, scale: float
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor | None,
+    sizes: Sequence[int],
+    forward: bool,
+    low: Tensor,
+    factor: Tensor,
+    scale: float,
 ) -> Tensor:
-    """``x W^T + scale low factor`` in a forward pass, in a backward pass W itself; ``factor`` is in float32."""
-    w = dequantise(weight, sizes, x.dtype)
+    """``x W^T + scale low factor`` in a forward pass, in a backward pass W itself; all in one dtype."""
+    w = dequantise(values, scales, sizes, x.dtype)
     y = x @ (w.T if forward else w)
-    return y.addmm_(low, factor.to(x.dtype), alpha=scale)
+    return y.addmm_(low, factor, alpha=scale)
 
 
 # For torch.compile: it would see that W is dequantised twice and keep it from the forward pass, and copy each result
@@ -123,7 +145,7 @@ _multiply_op = torch.library.custom_op("lightning_lab::qlora_linear", _multiply,
 
 
 @_multiply_op.register_fake
-def _(x: Tensor, weight: Any, sizes: Any, forward: bool, low: Tensor, factor: Tensor, scale: float) -> Tensor:
+def _(x: Tensor, values: Any, scales: Any, sizes: Any, forward: Any, low: Any, factor: Tensor, scale: Any) -> Tensor:
     return x.new_empty(x.shape[0], factor.shape[1])
 
 
@@ -141,7 +163,8 @@ def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
 class _Fused:
     """Takes the plain case of a PEFT layer: one adapter, not merged, without dropout or a variant such as DoRA."""
 
-    plain_weight: Weight | None = None  # see `keep_weights`
+    plain_weight: Weight | None = None  # see `KeptTensors`
+    rounded: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = cast(Any, self)
@@ -161,11 +184,16 @@ class _Fused:
             or x.shape[-2] == 1
             or base.bias is not None
             or (weight := layer.plain_weight or Weight.of(base)) is None
-            or not (weight.sizes or weight.tensors[0].dtype == x.dtype)
+            or not (weight.sizes or weight.values.dtype == x.dtype)
         ):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         name = active[0]
-        return qlora_linear(x, weight, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return qlora_linear(x, weight, a, b, layer.scaling[name], self.rounded)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        self.plain_weight = None  # the base's is another one, and rounded when they are taken apart again
+        super().merge(*args, **kwargs)  # type: ignore[misc]
 
 
 class FusedLinear4bit(_Fused, lora.Linear4bit):
@@ -176,15 +204,42 @@ class FusedLinear(_Fused, lora.Linear):
     """Stands in for PEFT's layer beside an unquantised ``nn.Linear``."""
 
 
-def keep_weights(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Let each fused layer hold its base's 4-bit weight as plain tensors; the base must then stay where it is.
+class KeptTensors:
+    """What the fused layers need in every pass, made once: 4-bit weights as plain tensors, adapters rounded.
 
-    `torch.compile` cannot read them from bitsandbytes' parameter class. With a ``dtype`` they are dequantised once, for
-    every pass to come: the same values. The base's own weights stay too, for merging, saving and decoding.
+    `torch.compile` cannot read the weights from bitsandbytes' parameter class, and their scales are dequantised once.
+    The layers hold these tensors until `close`; the model must stay where it is, and whoever changes an adapter calls
+    `refresh`. The base's own weights stay too, for merging, saving and decoding.
+
+    Args:
+        model: With one adapter.
+        dtype: The compute dtype.
+        dequantised: Keep the whole weights in the compute dtype, for every pass to come: the same values.
+
     """
-    for module in model.modules():
-        if isinstance(module, FusedLinear4bit) and module.plain_weight is None:
-            weight = Weight.of(module.get_base_layer())
-            if weight and dtype:
-                weight = Weight((dequantise(*weight, dtype),))
-            module.plain_weight = weight
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, dequantised: bool = False) -> None:
+        self._layers = [module for module in model.modules() if isinstance(module, _Fused)]
+        self._adapters: list[Tensor] = []
+        self._rounded: list[Tensor] = []
+        for fused in self._layers:
+            layer = cast(Any, fused)
+            weight = Weight.of(layer.get_base_layer()) if isinstance(layer, FusedLinear4bit) else None
+            fused.plain_weight = Weight(dequantise(*weight, dtype)) if weight and dequantised else weight
+            if dtype.itemsize < 4:
+                (name,) = layer.active_adapters
+                pair = layer.lora_A[name].weight, layer.lora_B[name].weight
+                fused.rounded = pair[0].detach().to(dtype), pair[1].detach().to(dtype)
+                self._adapters += pair
+                self._rounded += fused.rounded
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the adapters as they are now, all at once instead of each in every pass of its layer."""
+        if self._rounded:
+            torch._foreach_copy_(self._rounded, self._adapters)
+
+    def close(self) -> None:
+        """Let the layers read base and adapters by themselves again."""
+        for layer in self._layers:
+            layer.plain_weight = layer.rounded = None

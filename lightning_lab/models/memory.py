@@ -77,7 +77,8 @@ def peak_parts(
     Returns:
         ``program`` and its libraries, which a CPU's memory holds too; ``tables``: embeddings, head and norms;
         ``linears`` of the decoder as they are stored, and their ``quantisation_state``; ``dequantised``: what is kept
-        of them in the compute dtype besides; ``adapters`` and their ``gradients`` in float32; ``optimizer_state``;
+        of them in the compute dtype besides; ``adapters`` in float32, and in 16 bits for the fused linear; their
+        ``gradients`` in float32; ``optimizer_state``;
         ``activations``: what waits for the backward pass, or is made again in it, at its most; ``temporaries`` of one
         layer's pass and of a chunk of logits; and of a CPU's heap, which does not shrink, what is
         ``left_by_quantising`` and ``heap_holes``.
@@ -90,6 +91,7 @@ def peak_parts(
     linear = layers * sum(weights)
     tables = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2) + (2 * layers + 1) * hidden
     adapters = trainable_parameters(config, settings)
+    fused = uses_fused_linear(settings)
     kept = 0
     if training:
         kept = tokens * _kept_of_a_token(config, settings, c, checkpointing or settings.checkpointing)
@@ -119,11 +121,16 @@ def peak_parts(
     return {
         "program": program_bytes() if on_cpu else 0,
         "tables": tables * c,
-        # NF4: half a byte a weight; a one-byte scale for 64 weights; a float32 scale for 256 of those
+        # NF4: half a byte a weight; a one-byte scale for 64 weights, and for the fused linear the same in float32; a
+        # float32 scale for 256 scales
         "linears": {4: linear // 2, 8: linear, 16: linear * c}[bits],
-        "quantisation_state": {4: linear // 64 + 4 * linear // (64 * 256), 8: 4 * linear // hidden, 16: 0}[bits],
+        "quantisation_state": {
+            4: (5 if fused else 1) * linear // 64 + 4 * linear // (64 * 256),
+            8: 4 * linear // hidden,
+            16: 0,
+        }[bits],
         "dequantised": linear * c if settings.cache_dequantised else 0,
-        "adapters": 4 * adapters,
+        "adapters": (6 if fused and c == 2 else 4) * adapters,
         "gradients": 4 * adapters if training else 0,
         "optimizer_state": adapters * (8 if settings.optimizer == "adamw" else 2) if training else 0,  # two moments
         "activations": kept,

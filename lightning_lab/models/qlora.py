@@ -231,11 +231,8 @@ def compile_layers(model: PeftModel, backend: str = "inductor") -> None:
     """Compile each decoder layer, without graph breaks and for any number of tokens at once.
 
     All layers share one compiled graph a mode (training, evaluation, without adapters); the first layer has one of its
-    own in training, since its input needs no gradient.
+    own in training, since its input needs no gradient. 4-bit layers need `fused_linear.KeptTensors`.
     """
-    from lightning_lab.models.fused_linear import keep_weights
-
-    keep_weights(model)
     for layer in model.get_base_model().model.layers:
         layer.compile(fullgraph=True, dynamic=True, backend=backend)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
@@ -27,6 +27,7 @@ from lightning_lab.models.qlora import (
     load_adapter_state,
     read_adapter,
     say_other_base,
+    uses_fused_linear,
 )
 from lightning_lab.training import held_out, resume
 from lightning_lab.training.auto import put, settle_auto
@@ -35,6 +36,8 @@ from lightning_lab.training.refusals import refuse_on_device, refuse_trainer
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from lightning_lab.models.fused_linear import KeptTensors
 
 
 class Lifecycle(pl.LightningModule):
@@ -73,6 +76,7 @@ class Lifecycle(pl.LightningModule):
         self.adapter_weights: str | None = None
         self.dealt: pa.Table | None = None
         self.trained_rows: list[int] = []
+        self._kept: KeptTensors | None = None  # while a trainer runs it
         self._validated_step = 0
         self._auto: list[str] = []  # keys that were `auto`
         self._resumed: Mapping[str, Any] = {}  # our own part of the checkpoint that `fit` continues from
@@ -179,10 +183,6 @@ class Lifecycle(pl.LightningModule):
             if not self.global_rank:
                 say_other_base(settings.adapter, base.name_or_path, self.base_weights)
         enable_checkpointing(self.model, self.checkpointing)
-        if settings.cache_dequantised:
-            from lightning_lab.models.fused_linear import keep_weights
-
-            keep_weights(self.model, self.compute_dtype)
         if settings.compile:
             compile_layers(self.model)
         self.model.train()
@@ -202,7 +202,7 @@ class Lifecycle(pl.LightningModule):
         """The language-model head's weight, ``[vocabulary, hidden_size]``."""
         return self.peft_model.get_base_model().lm_head.weight
 
-    def trainable(self) -> list[Tensor]:
+    def trainable(self) -> list[nn.Parameter]:
         """The adapters' weights, in a fixed order."""
         return [parameter for parameter in self.peft_model.parameters() if parameter.requires_grad]
 
@@ -299,6 +299,22 @@ class Lifecycle(pl.LightningModule):
             self.trainer.fit_loop.epoch_loop.max_steps += 1 if self.trainer.max_steps >= 0 else 0
         if self.chat_data and self.trainer.is_global_zero:
             held_out.say_trained(self.dealt, self.chat_data)
+
+    def refresh_adapters(self) -> None:
+        """Let the layers see the adapters as they are now, whatever has changed them."""
+        if self._kept is None and uses_fused_linear(self.settings):
+            from lightning_lab.models.fused_linear import KeptTensors
+
+            self._kept = KeptTensors(self.peft_model, self.compute_dtype, self.settings.cache_dequantised)
+        elif self._kept:
+            self._kept.refresh()
+
+    @override
+    def teardown(self, stage: str) -> None:
+        """Let go of the tensors on the device that are no part of the model, which the trainer now takes off it."""
+        if self._kept:
+            self._kept.close()
+            self._kept = None
 
     @override
     def on_train_start(self) -> None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from lightning_lab.models.memory import peak_so_far
 from lightning_lab.models.qlora import DEFAULT_TARGETS, evaluation_mode
 from lightning_lab.training import resume
 from lightning_lab.training.evaluation import Evaluation, EvaluationSums
+from lightning_lab.training.flat import FlatWeights
 from lightning_lab.training.lifecycle import Lifecycle
 from lightning_lab.training.refusals import RANGES, refuse_combinations, total_steps
 
@@ -127,13 +129,14 @@ class QLoRAModule(Lifecycle):
         trainer.fit_loop.setup_data()  # without it some limits leave the length of an epoch unknown
         self.total_steps = total_steps(trainer)
         resume.check_lengths(self._resumed, total_steps=self.total_steps, steps_per_epoch=trainer.num_training_batches)
-        kind: Any = torch.optim.AdamW
+        kind: Any = partial(torch.optim.AdamW, fused=self.device.type == "cuda")
         if settings.optimizer == "adamw_8bit":
-            from bitsandbytes.optim import AdamW8bit
+            from lightning_lab.training.adamw_8bit import AdamW8bitAsync
 
-            kind = AdamW8bit
+            kind = AdamW8bitAsync
         keys = ("lr", "betas", "eps", "weight_decay")
-        optimizer = kind(self.trainable(), **{key: settings[key] for key in keys})
+        self._adapters = FlatWeights(self.trainable())
+        optimizer = kind(self._adapters.parameters, **{key: settings[key] for key in keys})
         return [optimizer], [get_linear_schedule_with_warmup(optimizer, settings.warmup_steps, self.total_steps)]
 
     @override
@@ -154,7 +157,9 @@ class QLoRAModule(Lifecycle):
         """
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(scheduler, LRScheduler)
-        optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        self._adapters.lay_out()
+        self._adapters.clear_gradients()
+        self.refresh_adapters()
         learning_rate = float(scheduler.get_last_lr()[0])
 
         half = self.compute_dtype == torch.float16
@@ -205,16 +210,11 @@ class QLoRAModule(Lifecycle):
             The summed NLL, and the norm of the summed gradients: the step's one read from the device.
 
         """
-        weights = self.trainable()
+        message = self._adapters.gather_gradients(nll)
         if self.trainer.world_size > 1:
-            gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-            message = torch.cat([nll[None], *(g.reshape(-1) for g in gradients)])
             torch.distributed.all_reduce(message)
-            nll = message[0]
-            for weight, total in zip(weights, message[1:].split([w.numel() for w in weights]), strict=True):
-                weight.grad = total.view_as(weight)
-        norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-        summed, raw_norm = torch.stack([nll, norm.to(nll.dtype)]).tolist()
+        norm = torch.nn.utils.get_total_norm([w.grad for w in self._adapters.weights if w.grad is not None])
+        summed, raw_norm = torch.stack([message[-1], norm]).tolist()
         return summed, raw_norm
 
     def _may_step(self, loss: float, grad_norm: float, batch: StepBatch, half: bool) -> bool:
@@ -242,7 +242,7 @@ class QLoRAModule(Lifecycle):
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Normalise by the step's summed weights, undo float16 scaling and clip, in one multiplication."""
-        torch._foreach_mul_([w.grad for w in self.trainable() if w.grad is not None], self._gradient_factor)
+        self._adapters.scale_gradients(self._gradient_factor)
 
     def _log_step(self, batch: StepBatch, loss: float, grad_norm: float, learning_rate: float) -> dict[str, float]:
         row = {
@@ -294,6 +294,7 @@ class QLoRAModule(Lifecycle):
 
     @override
     def on_validation_epoch_start(self) -> None:
+        self.refresh_adapters()
         keep, weighted = self.trainer.state.fn != "fit", self.settings.weighted_eval
         self._sums = EvaluationSums(self.trained_rows, weighted=weighted, keep_tokens=keep)
 
@@ -333,6 +334,7 @@ class QLoRAModule(Lifecycle):
 
     def answer(self, batch: PromptBatch, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """Answer prompts; greedily at temperature 0, which draws no random number."""
+        self.refresh_adapters()
         with self._adapters_as_asked():
             answers = generate(
                 self.peft_model,

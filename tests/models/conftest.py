@@ -225,7 +225,14 @@ def hub():
 
 def saved_bytes(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> int:
     """Memory of everything that autograd keeps of a forward pass, each storage once, without the model's own."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept_by_layers = [
+        tensor
+        for layer in model.modules()
+        for kept in (getattr(layer, "plain_weight", None), getattr(layer, "rounded", None))
+        for tensor in kept or ()
+        if isinstance(tensor, torch.Tensor)
+    ]
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *kept_by_layers)}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from lightning_lab.models import qlora
 from lightning_lab.models.attention import attention_arguments, document_attention, register_document_attention
 from lightning_lab.models.base import load_base
-from lightning_lab.models.fused_linear import Weight, qlora_linear
+from lightning_lab.models.fused_linear import KeptTensors, Weight, qlora_linear
 from tests.models.conftest import CPU, saved_bytes, tiny_config
 
 PACKED = ((7, 5, 21), (40,), (3, 1, 2, 9, 4, 1), (64, 30))
@@ -55,6 +55,7 @@ def adapted(folder: Path, bits: int) -> Any:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.fill_(0.01)
+    KeptTensors(model, torch.float32)
     return model
 
 
@@ -153,16 +154,8 @@ def test_what_a_gpu_is_given_has_the_right_shapes() -> None:
     out.sum().backward()
     assert [tensor.grad is not None and tensor.grad.shape for tensor in (q, k, v)] == [t.shape for t in (q, k, v)]
 
-    weight = Weight(
-        (
-            meta(128 * 64 // 2, 1, dtype=torch.uint8, grad=False),
-            meta(128, dtype=torch.uint8, grad=False),
-            meta(256, dtype=torch.float32, grad=False),
-            meta(1, dtype=torch.float32, grad=False),
-            meta(dtype=torch.float32, grad=False),
-        ),
-        (128, 64, 64, 256),
-    )
+    packed, scales = meta(128 * 64 // 2, 1, dtype=torch.uint8, grad=False), meta(128, dtype=torch.float32, grad=False)
+    weight = Weight(packed, scales, (128, 64, 64))
     x, a, b = meta(1, 30, 64), meta(4, 64, dtype=torch.float32), meta(128, 4, dtype=torch.float32)
     y = qlora_linear(x, weight, a, b, 2.0)
     assert (y.shape, y.dtype) == ((1, 30, 128), torch.bfloat16)

@@ -15,9 +15,9 @@ from lightning_lab.models import qlora
 from lightning_lab.models.fused_linear import (
     FusedLinear,
     FusedLinear4bit,
+    KeptTensors,
     Weight,
     dequantise,
-    keep_weights,
     qlora_linear,
 )
 from tests.models.conftest import CPU, saved_bytes, tiny_config
@@ -99,11 +99,11 @@ def test_against_plain_autograd_in_float64() -> None:
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 5, 6), (7, 6), (3, 6), (7, 3))
     )
     x, a, b = (tensor.requires_grad_() for tensor in (x, a, b))
-    torch.testing.assert_close(qlora_linear(x, Weight((w,)), a, b, 0.5), x @ w.T + 0.5 * (x @ a.T) @ b.T)
-    assert torch.autograd.gradcheck(lambda x, a, b: qlora_linear(x, Weight((w,)), a, b, 0.5), (x, a, b))
+    torch.testing.assert_close(qlora_linear(x, Weight(w), a, b, 0.5), x @ w.T + 0.5 * (x @ a.T) @ b.T)
+    assert torch.autograd.gradcheck(lambda x, a, b: qlora_linear(x, Weight(w), a, b, 0.5), (x, a, b))
     for missing in range(3):  # frozen inputs get no gradient and stop none
         some = [tensor.detach().requires_grad_(i != missing) for i, tensor in enumerate((x, a, b))]
-        assert torch.autograd.gradcheck(lambda x, a, b: qlora_linear(x, Weight((w,)), a, b, 0.5), some)
+        assert torch.autograd.gradcheck(lambda x, a, b: qlora_linear(x, Weight(w), a, b, 0.5), some)
 
 
 def test_dequantised_weights_are_those_of_bitsandbytes(tiny_folder: Path) -> None:
@@ -120,7 +120,7 @@ def test_dequantised_weights_are_those_of_bitsandbytes(tiny_folder: Path) -> Non
 def test_kept_dequantised_weights_change_no_bit(tiny_folder: Path, dtype: torch.dtype) -> None:
     off, on = (adapt(load(tiny_folder, 4, dtype), fused=True) for _ in range(2))
     names = list(on.state_dict())
-    keep_weights(on, dtype)
+    KeptTensors(on, dtype, dequantised=True)
     expected_loss, expected = loss_and_gradients(off)
     with torch.profiler.profile() as profile:
         loss, gradients = loss_and_gradients(on)
@@ -203,3 +203,57 @@ def test_the_saved_adapter_is_an_ordinary_one(tiny_folder: Path, tmp_path: Path)
     for each in (model, plain):  # not .eval(): CPUs with AVX512-BF16 then answer through bfloat16
         qlora.evaluation_mode(each)
     torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_adapters_rounded_once_change_no_bit(tiny_folder: Path, bits: int) -> None:
+    off, on = (adapt(load(tiny_folder, bits, torch.bfloat16), fused=True) for _ in range(2))
+    kept = KeptTensors(on, torch.bfloat16)
+    for scale in (1.0, 1.5):
+        with torch.no_grad():
+            for model in (off, on):
+                for name, weight in model.named_parameters():
+                    if "lora_" in name:
+                        weight.data = weight.data * scale + 0.001  # other memory, as a move to a device gives
+        kept.refresh()
+        (loss, gradients), (expected_loss, expected) = (loss_and_gradients(model) for model in (on, off))
+        assert loss == expected_loss
+        assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+        assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+
+
+def test_kept_scales_change_no_bit_and_save_a_kernel(tiny_folder: Path) -> None:
+    off, on = (adapt(load(tiny_folder, 4, torch.bfloat16), fused=True) for _ in range(2))
+    kept = KeptTensors(on, torch.bfloat16)
+    calls = {}
+    for model in (off, on):
+        with torch.profiler.profile() as profile:
+            calls[model is on] = loss_and_gradients(model)
+        counts = {event.key: event.count for event in profile.key_averages()}
+        assert ("bitsandbytes::dequantize_blockwise" in counts) is (model is off)
+    assert calls[True][0] == calls[False][0]
+    assert all(torch.equal(calls[True][1][name], gradient) for name, gradient in calls[False][1].items())
+    kept.close()
+    assert layer_of(on).plain_weight is None
+
+
+def test_a_merged_and_unmerged_base_is_read_anew(tiny_folder: Path) -> None:
+    model = adapt(load(tiny_folder, 4), fused=True)
+    KeptTensors(model, torch.float32)
+    layer = layer_of(model)
+    layer.merge()
+    layer.unmerge()  # quantised twice by now
+    x = torch.randn(1, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), lora.Linear4bit.forward(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_rounded_adapters_are_used_until_they_are_let_go(tiny_folder: Path) -> None:
+    model = adapt(load(tiny_folder, 4, torch.bfloat16), fused=True)
+    before, kept = loss_and_gradients(model)[0], KeptTensors(model, torch.bfloat16)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight += 0.1
+    assert loss_and_gradients(model)[0] == before  # they are not refreshed
+    kept.close()
+    assert loss_and_gradients(model)[0] != before

@@ -14,6 +14,7 @@ from lightning_lab.errors import LabError
 from lightning_lab.models import memory, qlora
 from lightning_lab.models.attention import attention_arguments, register_document_attention
 from lightning_lab.models.base import load_base
+from lightning_lab.models.fused_linear import KeptTensors
 from lightning_lab.models.memory import MEMORY_SHARE, MIB, available_memory, choose, peak_parts, trainable_parameters
 from tests.models.conftest import CPU, llama_3_2, saved_bytes, tiny_config
 
@@ -110,10 +111,18 @@ def test_weights_adapters_and_optimizer_are_counted_to_the_byte(folder: Path) ->
     whole = [w for n, w in model.named_parameters() if w.dtype != torch.uint8 and not w.requires_grad]
     states = [w.quant_state for w in packed]
     scales = sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)
+    unfused = peak_parts(model.config, settings(compute_dtype="float32", fused_linear=False), GPU, 100, 50)
+    assert unfused["quantisation_state"] == pytest.approx(scales, rel=0.02)  # a last block may be partly filled
+    KeptTensors(model, torch.float16)
+    layers = [layer for layer in model.modules() if getattr(layer, "plain_weight", None)]
+    scales += sum(layer.plain_weight.scales.nbytes for layer in layers)
+    in_half = peak_parts(model.config, settings(compute_dtype="float16"), GPU, 100, 50)
+    rounded = sum(tensor.nbytes for layer in layers for tensor in layer.rounded)
     trained = [w for w in model.parameters() if w.requires_grad]
     assert parts["tables"] == sum(w.nbytes for w in {w.data_ptr(): w for w in whole}.values())
     assert parts["linears"] == sum(w.nbytes for w in packed)
-    assert parts["quantisation_state"] == pytest.approx(scales, rel=0.02)  # a last block may be partly filled
+    assert parts["quantisation_state"] == pytest.approx(scales, rel=0.02)
+    assert in_half["adapters"] == parts["adapters"] + rounded
     assert parts["adapters"] == parts["gradients"] == sum(w.nbytes for w in trained)
     adamw = peak_parts(model.config, settings(compute_dtype="float32", optimizer="adamw"), GPU, 100, 50)
     assert adamw["optimizer_state"] == 2 * parts["adapters"]
@@ -136,6 +145,8 @@ def test_activations_are_what_autograd_keeps(folder: Path, dtype: torch.dtype, f
         pytest.skip("PEFT's layers keep the same in float32, and the scaled product besides; they are never compiled")
     model = build(folder, dtype, fused)
     qlora.enable_checkpointing(model, checkpointing)
+    if fused:
+        KeptTensors(model, dtype)
     if compiled:
         torch.compiler.reset()
         qlora.compile_layers(model, backend="aot_eager_decomp_partition")
