@@ -159,7 +159,7 @@ def passes(
     positions = torch.cat([torch.arange(length) for length in documents])[None]
     borders = torch.tensor([0, *documents]).cumsum(0).int()
     predicting = torch.arange(0, tokens - 1, every).long()
-    arguments = attention_arguments(borders, documents, varlen=False)
+    arguments = attention_arguments(borders, documents, kernel="cpu")
     decoder, head = model.get_base_model().model, model.get_base_model().lm_head.weight
     seconds = []
     for _ in range(PASSES + 1):  # the first warms up

@@ -66,6 +66,8 @@ def check_arguments(
     for key, hint in get_type_hints(function).items():
         kinds = [hint] if get_origin(hint) is Literal else get_args(hint)
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        if choices and bool in kinds:
+            choices += [True, False]
         if not choices or (key in ranges and not isinstance(settings[key], str)):
             continue
         if settings[key] not in choices and not (settings[key] is None and NoneType in kinds):

@@ -97,7 +97,7 @@ def plan(
     """
     micro_batch = work["tokens of the largest micro-batch"], work["most supervised tokens of a micro-batch"]
     peak = partial(peak_parts, config, settings, device, *micro_batch)
-    modes = possible_modes(settings, device)
+    modes = possible_modes(device, settings.compile)
     speeds = [row.values["tokens_per_second"] for row in measured if "tokens_per_second" in row.values]
     speed = statistics.median(speeds) if speeds else None
     parts = peak()  # once: what the program itself holds grows meanwhile

@@ -1,13 +1,16 @@
-"""What ``auto`` stands for: the fastest checkpointing and the largest micro-batch that fit a device's free memory.
+"""What ``auto`` stands for: compiled layers on a GPU, the fastest checkpointing and the largest micro-batch that fit.
 
 `models.memory` chooses; here every process gets to know what.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,8 +20,11 @@ from lightning_lab.errors import LabError
 from lightning_lab.files import flatten
 from lightning_lab.models import memory
 from lightning_lab.models.base import load_config
+from lightning_lab.models.qlora import uses_fused_linear
 
-KEYS = ("model.checkpointing", "data.micro_batch_tokens", "data.eval_micro_batch_tokens")
+KEYS = ("model.checkpointing", "data.micro_batch_tokens", "model.compile", "data.eval_micro_batch_tokens")
+# A run of fewer steps is over before the minute or two that compiling takes have come back.
+LEAST_STEPS_TO_COMPILE = 50
 
 
 def settle_auto(trainer: pl.Trainer, module: Any, data: ChatDataModule | None, *, training: bool) -> list[str]:
@@ -41,11 +47,11 @@ def settle_auto(trainer: pl.Trainer, module: Any, data: ChatDataModule | None, *
     asked = [key for key in KEYS if settings.get(key) == "auto"]
     if asked:
         if data is None:
-            raise LabError("model.checkpointing: auto needs a ChatDataModule to choose for; name a mode")
+            raise LabError(f"{asked[0]}: auto needs a ChatDataModule to choose for; name a value")
         chosen: Any = None
         if trainer.is_global_zero:
             chosen = _choose(trainer, module.hparams, data.hparams, asked, training)
-            print(f"auto: {', '.join(f'{key} {chosen[key]}' for key in asked)}", file=sys.stderr)
+            print(f"auto: {', '.join(f'{key} {str(chosen[key]).lower()}' for key in asked)}", file=sys.stderr)
         chosen = trainer.strategy.broadcast(chosen)
         put(module, data, {key: chosen[key] for key in asked})
     return asked
@@ -72,10 +78,27 @@ def _choose(trainer: pl.Trainer, model: Any, data: Any, asked: list[str], traini
         max_length=data.max_length,
         batch_size=data.batch_size,
     )
+    pays = training and "model.compile" in asked and _compiling_pays(trainer, model)
     mode, tokens = model.checkpointing, data.micro_batch_tokens
     if "auto" in (mode, tokens):
-        mode, tokens = choose(micro_batch_tokens=None if tokens == "auto" else tokens, training=training)
-    chosen = {"model.checkpointing": mode, "data.micro_batch_tokens": tokens}
+        budget = None if tokens == "auto" else tokens
+        mode, tokens, pays = choose(micro_batch_tokens=budget, training=training, may_compile=pays)
+    compiled = pays and mode != "offload"
+    chosen = {"model.checkpointing": mode, "model.compile": compiled, "data.micro_batch_tokens": tokens}
     if "data.eval_micro_batch_tokens" in asked:
-        chosen["data.eval_micro_batch_tokens"] = choose(training=False)[1]
+        chosen["data.eval_micro_batch_tokens"] = choose(training=False).micro_batch_tokens
     return chosen
+
+
+def _compiling_pays(trainer: pl.Trainer, model: Any) -> bool:
+    """Whether layers that can be compiled are worth it: on a GPU, in a run that is long enough."""
+    if trainer.strategy.root_device.type != "cuda" or not uses_fused_linear(model):
+        return False
+    if 0 <= trainer.max_steps < LEAST_STEPS_TO_COMPILE:
+        return False
+    missing = None if find_spec("triton") else "Triton is not installed"
+    if not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
+        missing = missing or "there is no C compiler, which Triton needs"
+    if missing:
+        print(f"auto: model.compile false, as {missing}: training will be slower", file=sys.stderr)
+    return not missing

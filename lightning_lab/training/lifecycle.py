@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.files import flatten
 from lightning_lab.hub import model_folder, revision_of, weights_fingerprint
-from lightning_lab.models.attention import has_varlen_kernel, register_document_attention
+from lightning_lab.models.attention import Kernel, attention_kernel, register_document_attention
 from lightning_lab.models.base import load_base, resolve_compute_dtype
 from lightning_lab.models.qlora import (
     adapter_state,
@@ -60,7 +60,7 @@ class Lifecycle(pl.LightningModule):
 
     checkpointing: str
     compute_dtype: torch.dtype
-    varlen: bool
+    attention_kernel: Kernel
     base_weights: str
 
     def __init__(self) -> None:
@@ -164,8 +164,8 @@ class Lifecycle(pl.LightningModule):
         if self._attached:
             device = self._attached.strategy.root_device
         self.compute_dtype = resolve_compute_dtype(settings.compute_dtype, device)
-        self.varlen = has_varlen_kernel(device, self.compute_dtype)
-        refuse_on_device(settings, self.checkpointing, device, self.varlen)
+        self.attention_kernel = attention_kernel(device, self.compute_dtype)
+        refuse_on_device(self.checkpointing, device)
         folder = model_folder(settings.base, weights=True, revision=settings.revision)
         settings.revision, self.base_weights = revision_of(folder), weights_fingerprint(folder)
         base = load_base(
@@ -183,7 +183,7 @@ class Lifecycle(pl.LightningModule):
             if not self.global_rank:
                 say_other_base(settings.adapter, base.name_or_path, self.base_weights)
         enable_checkpointing(self.model, self.checkpointing)
-        if settings.compile:
+        if settings.compile is True:  # `auto` without a trainer is none
             compile_layers(self.model)
         self.model.train()
         # Under DDP nothing but the adapters is anybody's to send: the base is the same everywhere and frozen, and

@@ -57,13 +57,13 @@ class QLoRAModule(Lifecycle):
         max_grad_norm: Gradients are clipped to this norm; null for no clipping.
         checkpointing: ``none`` keeps all activations; ``selective`` keeps one hidden state and attention's result per
             layer and recomputes the rest; ``full`` keeps the hidden states alone; ``offload`` keeps them in host
-            memory, on CUDA alone. Same results. ``auto``: the first of these that fits.
+            memory, on CUDA alone. Same results. ``auto``: the fastest that fits.
         fused_linear: Run each linear and its adapter as one autograd function: faster, and less memory in 16 bits. Same
             results to rounding. 8-bit bases, DoRA and training with dropout always take PEFT's own layers.
         cache_dequantised: Keep the 4-bit base dequantised in the compute dtype beside it: the same results without
             dequantising in every pass, for the memory of a 16-bit base.
-        compile: Compile each decoder layer with ``torch.compile``, once for all lengths; takes a minute or two at the
-            first step and at the first validation. Same results to rounding.
+        compile: Compile each decoder layer with ``torch.compile``, once for all lengths, in a minute or two at first use.
+            Same results to rounding. ``auto``: on a GPU, in runs of 50 steps and more.
         hf_eval_batch_size: Conversations in the batches whose means ``val_loss_hf`` and ``test_loss_hf`` average.
         weighted_eval: Weigh tokens of ``val_loss`` and ``test_loss`` by their answer's ``weight``, as training does.
         max_new_tokens: Longest answer that `predict` writes.
@@ -99,7 +99,7 @@ class QLoRAModule(Lifecycle):
         checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none",
         fused_linear: bool = True,
         cache_dequantised: bool = False,
-        compile: bool = False,
+        compile: bool | Literal["auto"] = False,
         hf_eval_batch_size: int = 8,
         weighted_eval: bool = False,
         max_new_tokens: int = 128,
@@ -200,7 +200,7 @@ class QLoRAModule(Lifecycle):
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            **attention_arguments(batch.cu_seqlens, batch.document_lengths, self.varlen),
+            **attention_arguments(batch.cu_seqlens, batch.document_lengths, self.attention_kernel),
         ).last_hidden_state[0]
 
     def _sum_over_processes(self, nll: Tensor) -> tuple[float, float]:

@@ -114,7 +114,7 @@ def refuse_combinations(settings: Any) -> None:
 
     """
     fused = "set model.fused_linear to true, model.dropout to 0 and model.dora to false"
-    if settings.compile and not uses_fused_linear(settings):
+    if settings.compile is True and not uses_fused_linear(settings):
         raise LabError(
             f"model.compile needs the fused linear: {fused}, model.bits to 4 or 16, or model.compile to false"
         )
@@ -123,30 +123,19 @@ def refuse_combinations(settings: Any) -> None:
             f"model.cache_dequantised is for the fused linear on a 4-bit base: {fused}, model.bits to 4, or "
             "model.cache_dequantised to false"
         )
-    if settings.compile and settings.checkpointing == "offload":
+    if settings.compile is True and settings.checkpointing == "offload":
         raise LabError(
             "model.checkpointing: offload cannot be compiled; set model.compile to false, or use full or selective"
         )
 
 
-def refuse_on_device(settings: Any, checkpointing: str, device: torch.device, varlen: bool) -> None:
-    """Refuse the module's settings that the device cannot honour.
-
-    Args:
-        settings: The module's.
-        checkpointing: What ``auto`` stands for.
-        device: Where the model goes.
-        varlen: Whether it has variable-length attention.
+def refuse_on_device(checkpointing: str, device: torch.device) -> None:
+    """Refuse a mode of checkpointing that the device cannot honour.
 
     Raises:
         LabError: Names the key.
 
     """
-    if settings.compile and device.type == "cuda" and not varlen:
-        raise LabError(
-            "model.compile needs variable-length attention, which this GPU or model.compute_dtype does not have "
-            "(compute capability 8.0 and 16 bits); set model.compile to false"
-        )
     if checkpointing == "offload" and device.type != "cuda":
         raise LabError(
             "model.checkpointing: offload moves activations from a GPU to the host; this run is on a CPU, use full"

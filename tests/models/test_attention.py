@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lab.models.attention import document_attention, has_varlen_kernel, register_document_attention
+from lightning_lab.models.attention import attention_kernel, document_attention, register_document_attention
 
 LENGTHS = (5, 1, 9, 3)
 
@@ -93,4 +93,4 @@ def test_what_it_cannot_honour_is_refused(wrong: dict[str, object]) -> None:
 
 
 def test_kernel_choice_without_a_gpu() -> None:
-    assert not has_varlen_kernel(torch.device("cpu"), torch.bfloat16)
+    assert attention_kernel(torch.device("cpu"), torch.bfloat16) == "cpu"

@@ -69,7 +69,7 @@ def hidden(model: Any, lengths: tuple[int, ...]) -> torch.Tensor:
             input_ids=ids,
             position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
             use_cache=False,
-            **attention_arguments(borders, lengths, varlen=False),
+            **attention_arguments(borders, lengths, kernel="cpu"),
         )
         .last_hidden_state
     )
@@ -147,7 +147,7 @@ def test_what_a_gpu_is_given_has_the_right_shapes() -> None:
 
     q, k, v = (meta(1, heads, 30, 64) for heads in (8, 2, 2))
     borders = meta(4, dtype=torch.int32, grad=False)
-    arguments = attention_arguments(borders, (10, 15, 5), varlen=True)
+    arguments = attention_arguments(borders, (10, 15, 5), kernel="varlen")
     assert arguments["longest_document"] == 15
     out, _ = document_attention(torch.nn.Identity(), q, k, v, None, 0.125, **arguments)
     assert (out.shape, out.dtype) == ((1, 30, 8, 64), torch.bfloat16)
@@ -205,7 +205,7 @@ def test_what_a_gpu_would_run_is_one_graph_for_all_lengths(
     for lengths in PACKED:
         ids = torch.zeros(1, sum(lengths), dtype=torch.int64, device="meta")
         borders = torch.zeros(len(lengths) + 1, dtype=torch.int32, device="meta")
-        arguments = attention_arguments(borders, lengths, varlen=True)
+        arguments = attention_arguments(borders, lengths, kernel="varlen")
         out = model.get_base_model().model(input_ids=ids, position_ids=ids, use_cache=False, **arguments)
         assert (out.last_hidden_state.shape[1], out.last_hidden_state.dtype) == (sum(lengths), torch.bfloat16)
         out.last_hidden_state.sum().backward()

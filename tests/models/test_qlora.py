@@ -329,7 +329,7 @@ def test_checkpointing_keeps_less(four_layers):
 def test_selective_recomputes_all_but_attention(four_layers, mode, attended):
     four_layers.get_base_model().set_attn_implementation(register_document_attention())
     qlora.enable_checkpointing(four_layers, mode)
-    arguments = attention_arguments(torch.tensor([0, 8], dtype=torch.int32), [8], varlen=False)
+    arguments = attention_arguments(torch.tensor([0, 8], dtype=torch.int32), [8], kernel="cpu")
     with torch.profiler.profile() as profile:
         four_layers.get_base_model().model(
             input_ids=IDS, use_cache=False, **arguments
