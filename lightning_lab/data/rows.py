@@ -18,8 +18,8 @@ class Part(NamedTuple):
 
     Attributes:
         name: What to call it in messages.
-        stored: The rows in a compact form: lines of JSON as bytes (as much memory as the file has), an Arrow table, a
-            Hub data set, which stays on disk and gives tables, or a JSON list's Python objects.
+        stored: The rows in a compact form: lines of JSON as bytes (as much memory as the file has), an Arrow table
+            (a Hub data set's stays on disk), or a JSON list's Python objects.
         lines: For JSON Lines, each row's line number counted from 1.
         unread: A table's columns that are left out.
 
@@ -57,9 +57,9 @@ class Rows(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         part, within = self._find(index)
-        row = part.stored.slice(within, 1) if isinstance(part.stored, pa.Table) else part.stored[within]
-        if isinstance(row, pa.Table):
-            return _ArrowRow(row)
+        if isinstance(part.stored, pa.Table):
+            return _ArrowRow(part.stored.slice(within, 1))
+        row = part.stored[within]
         if not isinstance(row, bytes):
             return row
         try:

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from glob import glob
 from itertools import groupby
@@ -82,17 +82,15 @@ def load_rows(
             repository, _, own_split = place.partition(":")
             found = hub.load_dataset(repository, config=config, split=own_split or split, revision=revision)
             fingerprint = found._fingerprint  # depends on the data set's id, configuration and revision
-            used, left_out = _columns(found.column_names, unread)
-            kept = found.with_format("arrow").select_columns(used).select(range(len(found))[:left])
-            part = Part(place, kept, unread=left_out)
+            part = _chosen(place, found.column_names, found.data.table.select, unread)
         else:
             content = _read(file, place)
             fingerprint = hashlib.sha256(content).hexdigest()
             part = _parsed(content, place, _kind(file), unread)
-            found, kept = part.stored, part.stored[:left]
+        kept = part.stored[:left]
         parts.append(part._replace(stored=kept))
         fingerprints.append(f"{fingerprint}:{len(kept)}")
-        total += len(found)
+        total += len(part.stored)
         left = None if left is None else left - len(kept)
     if not total:
         raise LabError(f"{name} holds no rows; give a data.source with at least one conversation")
@@ -127,8 +125,10 @@ def _read(path: Path, name: str) -> bytes:
         raise LabError(f"{name} cannot be read: {error.strerror or error}") from None
 
 
-def _columns(names: Sequence[str], unread: Collection[str]) -> tuple[list[str], list[str]]:
-    return [name for name in names if name not in unread], [name for name in names if name in unread]
+def _chosen(name: str, columns: Sequence[str], read: Callable[[list[str]], pa.Table], unread: Collection[str]) -> Part:
+    """A table without the columns that are not read."""
+    used = [column for column in columns if column not in unread]
+    return Part(name, read(used), unread=[column for column in columns if column in unread])
 
 
 def _parsed(content: bytes, name: str, kind: str, unread: Collection[str]) -> Part:
@@ -158,11 +158,10 @@ def _table(content: bytes, name: str, kind: str, unread: Collection[str]) -> Par
     file = pa.BufferReader(content)
     try:
         if kind == ".parquet":
-            used, left_out = _columns(pyarrow.parquet.read_schema(file).names, unread)
-            return Part(name, pyarrow.parquet.read_table(file, columns=used), unread=left_out)
+            columns = pyarrow.parquet.read_schema(file).names
+            return _chosen(name, columns, lambda used: pyarrow.parquet.read_table(file, columns=used), unread)
         table = _arrow(file)
-        used, left_out = _columns(table.column_names, unread)
-        return Part(name, table.select(used), unread=left_out)
+        return _chosen(name, table.column_names, table.select, unread)
     except (pa.ArrowException, OSError) as error:
         what = "Parquet" if kind == ".parquet" else "Arrow"
         raise LabError(f"{name} is not a readable {what} file: {error}") from None
