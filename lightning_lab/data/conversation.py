@@ -204,12 +204,11 @@ def _renamed(row: Mapping[str, Any], row_format: RowFormat) -> dict[str, Any]:
 def _parse_pair(row: Mapping[str, Any], row_format: RowFormat) -> list[Message]:
     """Read a question and its answer, each in a column of its own, and the pairs before them."""
     messages = []
-    history = row.get("history") or []
-    if isinstance(history, str):
-        history = turns.from_json(history, "'history' must be a list of [question, answer] pairs, found text that")
+    shape = "'history' must be a list of [question, answer] pairs"
+    history = turns.from_json(row.get("history") or [], f"{shape}, found text that")
     for pair in history if isinstance(history, list | tuple) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowError("'history' must be a list of [question, answer] pairs")
+            raise RowError(shape)
         asked, answered = (turns.checked_text(text, "a text of 'history'") for text in pair)
         messages += [Message("user", asked), Message("assistant", answered)]
     question, extra, answer = (turns.one_of(row, names, "the row") for names in (_QUESTIONS, _INPUTS, _ANSWERS))
@@ -227,8 +226,7 @@ def _parse_pair(row: Mapping[str, Any], row_format: RowFormat) -> list[Message]:
 
 def _parse_turns(value: Any, what: str, row_format: RowFormat, *, alternate: bool = False) -> list[Message]:
     """Read a list of turns, or its JSON; with ``alternate`` also texts, the user's and the assistant's in turn."""
-    if isinstance(value, str):
-        value = turns.from_json(value, f"{what} must be a list of turns, found text that")
+    value = turns.from_json(value, f"{what} must be a list of turns, found text that")
     if not isinstance(value, list | tuple):
         raise RowError(f"{what} must be a list of turns, found {turns.kind(value)}")
     if all(isinstance(turn, str) and turn.lstrip().startswith("{") for turn in value):  # as exported columns have them

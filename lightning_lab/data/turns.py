@@ -184,14 +184,13 @@ def _calls(turn: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     given = filled(turn, _CALLS)
     if len(given) > 1:
         raise RowError(f"{where} has {named(given)}; name the one to leave out in data.ignore")
-    what, calls = f"a tool call of {where}", turn[given[0]] if given else []
-    calls = from_json(calls, f"{what} is text that") if isinstance(calls, str) else calls
+    what = f"a tool call of {where}"
+    calls = from_json(turn[given[0]], f"{what} is text that") if given else []
     read = []
     for call in objects([calls] if isinstance(calls, dict) else calls, f"{named(given)} of {where}"):
         function = call.get("function") or call
         arguments = function.get("arguments") or {} if isinstance(function, dict) else None
-        if isinstance(arguments, str):
-            arguments = from_json(arguments, f"the arguments of {what} are text that")
+        arguments = from_json(arguments, f"the arguments of {what} are text that")
         if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"{what} must have a 'name' and 'arguments', an object or its JSON text")
         for fields in (call, function):
@@ -203,17 +202,17 @@ def _calls(turn: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
 
 def objects(value: Any, what: str) -> tuple[dict[str, Any], ...]:
     """Check a list of objects, or its JSON text."""
-    value = from_json(value, f"{what} must be a list of objects, found text that") if isinstance(value, str) else value
+    value = from_json(value, f"{what} must be a list of objects, found text that")
     if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
         raise RowError(f"{what} must be a list of objects or its JSON text")
     checked_text(json.dumps(value, ensure_ascii=False, default=str), what)
     return tuple(value)
 
 
-def from_json(text: str, what: str) -> Any:
-    """Read JSON that stands in a text; ``what`` begins the sentence of a `RowError` if it is none."""
+def from_json(value: Any, what: str) -> Any:
+    """Read a text as JSON, and leave other values as they are; ``what`` begins the sentence of a `RowError`."""
     try:
-        return json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise RowError(f"{what} is not JSON ({error})") from None
 
