@@ -5,19 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from lightning_lab.data import turns
-from lightning_lab.data.turns import HARMLESS, Message, RowError, or_error
+from lightning_lab.data.turns import HARMLESS, Message, RowError
 from lightning_lab.errors import LabError
-
-__all__ = [
-    "Conversation",
-    "Message",
-    "Prompt",
-    "RowError",
-    "RowFormat",
-    "or_error",
-    "parse_conversation",
-    "parse_prompt",
-]
 
 EmptyAnswers = Literal["refuse", "keep"]
 

@@ -18,9 +18,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lightning_lab.data.cache import read_cached, write_cached
-from lightning_lab.data.conversation import Conversation, Prompt, RowError, RowFormat, or_error, parse_conversation
+from lightning_lab.data.conversation import Conversation, Prompt, RowFormat, parse_conversation
 from lightning_lab.data.rows import Rows
 from lightning_lab.data.tokenized import hashed
+from lightning_lab.data.turns import RowError, or_error
 from lightning_lab.hub import cache_dir
 
 NEAR = 0.5  # Jaccard index of their shingles from which two conversations are near-duplicates

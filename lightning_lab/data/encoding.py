@@ -8,8 +8,9 @@ from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_lab import hub
-from lightning_lab.data.conversation import Conversation, RowError, or_error
+from lightning_lab.data.conversation import Conversation
 from lightning_lab.data.template import ChatTemplate, Rendered
+from lightning_lab.data.turns import RowError, or_error
 from lightning_lab.errors import LabError
 
 if TYPE_CHECKING:

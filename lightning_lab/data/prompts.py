@@ -7,12 +7,13 @@ from itertools import islice
 from typing import Any
 
 from lightning_lab.data.batching import PromptBatch
-from lightning_lab.data.conversation import Prompt, RowError, RowFormat, or_error, parse_conversation, parse_prompt
+from lightning_lab.data.conversation import Prompt, RowFormat, parse_conversation, parse_prompt
 from lightning_lab.data.encoding import ConversationEncoder
 from lightning_lab.data.rows import Rows
 from lightning_lab.data.sources import load_rows
 from lightning_lab.data.template import ChatTemplate
 from lightning_lab.data.tokenized import OnBadRow, content_hash
+from lightning_lab.data.turns import RowError, or_error
 from lightning_lab.errors import LabError
 
 _NAMED_ROWS = 10  # of those that cannot be answered; the rest is counted

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from lightning_lab.data.conversation import RowError
+from lightning_lab.data.turns import RowError
 
 
 class Part(NamedTuple):

@@ -16,9 +16,10 @@ from rich.progress import Progress
 
 from lightning_lab.data.batching import Example
 from lightning_lab.data.cache import read_cached, write_cached
-from lightning_lab.data.conversation import Conversation, RowError, RowFormat, or_error, parse_conversation
+from lightning_lab.data.conversation import Conversation, RowFormat, parse_conversation
 from lightning_lab.data.encoding import IGNORED, ConversationEncoder, Encoded, RowTooLongError
-from lightning_lab.data.sources import Rows
+from lightning_lab.data.rows import Rows
+from lightning_lab.data.turns import RowError, or_error
 from lightning_lab.errors import LabError
 from lightning_lab.hub import cache_dir
 
