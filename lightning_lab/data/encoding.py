@@ -264,14 +264,13 @@ class ConversationEncoder:
         """Lay ids, mask and weights side by side, and truncate them."""
         ids: list[int] = []
         supervised: list[bool] = []
-        weights: list[float] | None = None if set(answer_weights) <= {0.0, 1.0} else []
+        weights: list[float] = []
         answer_ends: dict[int, int] = {}  # in tokens
         for tokens, span in pieces:
             ids += tokens
             weight = 0.0 if span is None else answer_weights[span]
             supervised += [weight > 0] * len(tokens)
-            if weights is not None:
-                weights += [weight] * len(tokens)
+            weights += [weight] * len(tokens)
             if span is not None:
                 answer_ends[span] = len(ids)
 
@@ -283,8 +282,7 @@ class ConversationEncoder:
                 raise RowTooLongError(f"{length} tokens are more than data.max_length {limit}")
             fitting = [end for end in answer_ends.values() if end <= limit]
             keep = max(fitting, default=0) if self.truncation == "turns" else limit
-            del ids[keep:], supervised[keep:]
-            weights = weights and weights[:keep]
+            del ids[keep:], supervised[keep:], weights[keep:]
         if True not in supervised[1:]:  # the first token has nothing before it to be predicted from
             if truncated:
                 verb = "ends" if self.truncation == "turns" else "begins"
@@ -293,7 +291,7 @@ class ConversationEncoder:
                     f"(the row has {length} tokens)"
                 )
             raise RowError("nothing left to learn: its answers are empty and the template writes no end-of-turn token")
-        return Encoded(ids, supervised, truncated, weights)
+        return Encoded(ids, supervised, truncated, None if set(answer_weights) <= {0.0, 1.0} else weights)
 
 
 def _joined(documents: Sequence[Encoded | RowError]) -> Encoded:
