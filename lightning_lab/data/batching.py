@@ -71,7 +71,9 @@ def split_rows(
         held_out, rest = np.split(order, [validation + test])
         held_out = held_out[np.random.default_rng(seed).permutation(len(held_out))]
         order = np.concatenate([rest[:train], held_out[test:], held_out[:test]])
-    if groups is not None:
+    if groups is None:
+        dealt = np.split(order, np.cumsum(sizes))  # the last are in no split
+    else:
         room = [*sizes, rows - sum(sizes)]  # the last are in no split
         members, part_of = np.bincount(groups).tolist(), {}
         for group in dict.fromkeys(groups[order].tolist()):
@@ -79,11 +81,8 @@ def split_rows(
             part_of[group] = part
             room[part] -= members[group]
         parts = np.array([part_of[group] for group in groups[order].tolist()])
-        order, sizes = order[np.argsort(parts, kind="stable")], np.bincount(parts, minlength=4)[:3].tolist()
-    splits: dict[str, SplitData] = {}
-    for name, size, end in zip(SPLITS, sizes, np.cumsum(sizes).tolist(), strict=True):
-        splits[name] = SplitData.of(order[end - size : end].tolist(), dropped)
-    return splits
+        dealt = [order[parts == part] for part in range(len(SPLITS))]
+    return {name: SplitData.of(part.tolist(), dropped) for name, part in zip(SPLITS, dealt, strict=False)}
 
 
 def split_sizes(
