@@ -86,8 +86,7 @@ def check(data: ChatDataModule, *, as_json: bool = False) -> None:
         for kind, rows in kinds.items():
             if rows:
                 places = [f"{data.rows.where(row)} as {data.rows.where(other)}" for row, other in rows.items()]
-                shown = some(range(len(places)), places.__getitem__)
-                print(f"{one}, {kind.replace('_', ' ')} of {of}: {shown}")
+                print(f"{one}, {kind.replace('_', ' ')} of {of}: {some(places)}")
 
 
 def _runs(data: ChatDataModule, row: int) -> Iterator[tuple[str, bool]]:
