@@ -172,15 +172,14 @@ class ChatDataModule(pl.LightningDataModule):
             self._open_tokenizer()
             assert self.own_prompts is not None  # read here, before the base is loaded
             return
-        splits = self.splits
-        needed = [] if stage is None else [self.split_for(stage)]
-        if stage == "fit":
-            needed = ["train", *needed]
-            if not len(splits["validation"].rows) and not splits["validation"].dropped:  # none is asked for
-                needed = ["train"]
-                do_without_validation(self.trainer)
+        needed = ["train"] if stage == "fit" else []
+        validation = self.splits["validation"]
+        if stage == "fit" and not (len(validation.rows) or validation.dropped):  # none is asked for
+            do_without_validation(self.trainer)
+        elif stage is not None:
+            needed.append(self.split_for(stage))
         for name in needed:
-            if not len(splits[name].rows):
+            if not len(self.splits[name].rows):
                 raise LabError(
                     f"the {name} split of {self.rows.name} has no usable conversation; change data.split or data.rows"
                 )
@@ -271,9 +270,7 @@ class ChatDataModule(pl.LightningDataModule):
 
     @override
     def train_dataloader(self) -> StepLoader:
-        rank, world_size = self._process()
-        batch_of_step = partial(self.step_batch, rank=rank, world_size=world_size)
-        options = {"collate_fn": batch_of_step, **loading_options(self.num_workers)}
+        options = {"collate_fn": partial(self.step_batch, **self._process()), **loading_options(self.num_workers)}
         return StepLoader(self._unlimited_steps, self.steps_per_epoch, self._steps_done, options)
 
     def _steps_done(self) -> int:
@@ -308,7 +305,7 @@ class ChatDataModule(pl.LightningDataModule):
 
     def _eval_loader(self, stage: str) -> DataLoader:
         split = self.split_for(stage)
-        bins: Any = self.micro_batches(split, *self._process())
+        bins: Any = self.micro_batches(split, **self._process())
         return DataLoader(
             bins, collate_fn=partial(self._micro_batch, self.splits[split]), **loading_options(self.num_workers)
         )
@@ -325,8 +322,8 @@ class ChatDataModule(pl.LightningDataModule):
             raise LabError("data.micro_batch_tokens is still auto: QLoRAModule chooses it; without one, give a number")
         return tokens
 
-    def _process(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _process(self) -> dict[str, int]:
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size} if self.trainer else {}
 
     # -- prompts -------------------------------------------------------------------------------------------------
 
