@@ -78,10 +78,10 @@ class RowFormat:
             raise LabError(f"data.columns has the key '{key}'; choose from {', '.join(sorted(_PAIR_KEYS))}")
 
 
-_BY_KEYS = RowFormat()
+BY_KEYS = RowFormat()
 
 
-def parse_conversation(row: Mapping[str, Any] | RowError, row_format: RowFormat = _BY_KEYS) -> Conversation:
+def parse_conversation(row: Mapping[str, Any] | RowError, row_format: RowFormat = BY_KEYS) -> Conversation:
     """Read a row in ShareGPT, `messages`, prompt-completion or Alpaca format, recognised by its keys.
 
     * ``conversations`` or ``messages``: a list of turns, or its JSON, each with ``from``/``value`` or
@@ -112,9 +112,7 @@ def parse_conversation(row: Mapping[str, Any] | RowError, row_format: RowFormat 
     return conversation
 
 
-def parse_prompt(
-    row: Mapping[str, Any] | RowError, row_format: RowFormat = _BY_KEYS
-) -> tuple[Conversation, str | None]:
+def parse_prompt(row: Mapping[str, Any] | RowError, row_format: RowFormat = BY_KEYS) -> tuple[Conversation, str | None]:
     """Read a row to be answered: a conversation up to its last answer, and that answer where there is one.
 
     The formats are those of `parse_conversation`, but no answer is needed: a conversation that ends with another turn

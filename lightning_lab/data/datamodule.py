@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -18,7 +19,7 @@ from lightning_lab.data.duplicates import Duplicates, try_find
 from lightning_lab.data.encoding import ControlTokens, ConversationEncoder, Mask, Truncation, load_tokenizer
 from lightning_lab.data.loading import StepLoader, do_without_validation, loading_options
 from lightning_lab.data.preparation import prepare_rows
-from lightning_lab.data.prompts import first_prompts, read_prompts, tokenize_prompts
+from lightning_lab.data.prompts import read_prompts, tokenize_prompts
 from lightning_lab.data.rows import Rows
 from lightning_lab.data.summary import print_summary
 from lightning_lab.data.tokenized import OnBadRow, TokenizedRows
@@ -210,7 +211,7 @@ class ChatDataModule(pl.LightningDataModule):
     @cached_property
     def duplicates(self) -> Duplicates | None:
         """Which rows repeat each other, in whatever split they are; None where that cannot be found out."""
-        return try_find(self.rows, self.row_format, self.trainer is None or self.trainer.is_global_zero)
+        return try_find(self.rows, self.trainer is None or self.trainer.is_global_zero)
 
     def split_for(self, stage: str) -> str:
         """Name of the split that ``validate``, ``test`` or ``predict`` reads; ``fit`` always reads validation."""
@@ -329,7 +330,8 @@ class ChatDataModule(pl.LightningDataModule):
 
     def first_prompts(self, split: str, count: int | None) -> list[Prompt]:
         """The first conversations of a split (None: all), each cut before its last answer; less those it begins."""
-        return first_prompts(self.rows, self.splits[split].rows.tolist(), self.row_format, count)
+        prompts = (Prompt.of(row, self.rows.conversation(row)) for row in self.splits[split].rows.tolist())
+        return list(islice(filter(None, prompts), count))
 
     def prompt_batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """Tokenise prompts as in training; a template that refuses one raises `RowError`."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_lab.data.batching import SPLITS, pack
-from lightning_lab.data.conversation import parse_conversation, unread_keys
+from lightning_lab.data.conversation import unread_keys
 from lightning_lab.data.duplicates import KINDS, find_duplicates
 from lightning_lab.data.encoding import IGNORED
 from lightning_lab.data.summary import named, some, summary
@@ -70,7 +70,7 @@ def check(data: ChatDataModule, *, as_json: bool = False) -> None:
         as_json: Print one object instead, with every such row and one that it repeats.
 
     """
-    duplicates = find_duplicates(data.rows, data.row_format)
+    duplicates = find_duplicates(data.rows)
     splits = {str(name): data.splits[name].rows for name in SPLITS if len(data.splits[name].rows)}
     pairs = [*((name, name) for name in splits), *((later, first) for first, later in combinations(splits, 2))]
     contents, sizes = data.tokenized.contents, {name: len(rows) for name, rows in splits.items()}
@@ -104,7 +104,7 @@ def _decode(data: ChatDataModule, ids: list[int]) -> str:
 
 def _changed_by_cuts(data: ChatDataModule, row: int) -> bool:
     """Whether the row has other ids than it would have without cuts at its answers."""
-    texts = data.encoder.template.documents(parse_conversation(data.rows[row], data.row_format))
+    texts = data.encoder.template.documents(data.rows.conversation(row))
     cut, uncut = (data.encoder.token_ids(variant) for variant in (texts, [replace(t, spans=()) for t in texts]))
     return cut != uncut
 
@@ -119,7 +119,7 @@ def _summary(data: ChatDataModule, rows: Sequence[int], kept: Sequence[int]) -> 
         yield f"tokens a row: mean {lengths.mean():.1f}, {percentiles}"
     changed = [row for row in kept if _changed_by_cuts(data, row)]
     yield f"{len(changed)} tokenised otherwise without cuts at the answers" + named(changed)
-    unread = Counter(key for row in kept for key in unread_keys(data.rows[row], data.row_format))
+    unread = Counter(key for row in kept for key in unread_keys(data.rows[row], data.rows.row_format))
     for part in data.rows.parts:
         unread.update(dict.fromkeys(part.unread, len(part.stored)))
     if unread:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from lightning_lab.data.conversation import BY_KEYS, Conversation, RowFormat, parse_conversation
 from lightning_lab.data.turns import RowError
 
 
@@ -40,6 +41,7 @@ class Rows(Sequence[Any]):
         name: What to call them together.
         fingerprint: Changes whenever the rows do.
         total: Rows that there are, those beyond the limit too.
+        row_format: How to read them.
 
     """
 
@@ -47,6 +49,7 @@ class Rows(Sequence[Any]):
     name: str
     fingerprint: str
     total: int
+    row_format: RowFormat = BY_KEYS
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -66,6 +69,10 @@ class Rows(Sequence[Any]):
             return json.loads(row.decode())
         except (ValueError, RecursionError) as error:
             return RowError(f"the line is not JSON ({error})")
+
+    def conversation(self, index: int) -> Conversation:
+        """Read a row; raises `RowError` as `parse_conversation`."""
+        return parse_conversation(self[index], self.row_format)
 
     def where(self, index: int) -> str:
         """Name a row's place for a message: its line counted from 1, otherwise its index counted from 0."""

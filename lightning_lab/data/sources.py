@@ -17,6 +17,7 @@ import pyarrow.feather
 import pyarrow.parquet
 
 from lightning_lab import hub
+from lightning_lab.data.conversation import BY_KEYS, RowFormat
 from lightning_lab.data.rows import Part, Rows
 from lightning_lab.errors import LabError
 
@@ -39,7 +40,7 @@ def load_rows(
     revision: str | None = None,
     config: str | None = None,
     split: str = "train",
-    unread: Collection[str] = (),
+    row_format: RowFormat = BY_KEYS,
 ) -> Rows:
     """Open a source, or several, and keep the first ``limit`` rows (all of them if None).
 
@@ -50,7 +51,7 @@ def load_rows(
         revision: Commit of a Hub data set; None for its newest.
         config: Configuration of a Hub data set; None for its only or default one.
         split: Split of a Hub data set that names none itself.
-        unread: Columns of tables that are not read.
+        row_format: How to read the rows; columns of tables that it leaves unread are not loaded.
 
     Raises:
         LabError: A source does not exist, cannot be reached or read; has no revisions or configurations; or there is
@@ -74,6 +75,7 @@ def load_rows(
         if value is not None and all(path for _, path in places):
             raise LabError(f"{key} is for data sets of the Hub, which {name} is not; leave it out")
 
+    unread = row_format.unread
     parts: list[Part] = []
     fingerprints: list[str] = []
     total, left = 0, limit
@@ -94,7 +96,7 @@ def load_rows(
         left = None if left is None else left - len(kept)
     if not total:
         raise LabError(f"{name} holds no rows; give a data.source with at least one conversation")
-    return Rows(parts, name, " ".join(fingerprints), total)
+    return Rows(parts, name, " ".join(fingerprints), total, row_format)
 
 
 def _kind(path: Path) -> str:

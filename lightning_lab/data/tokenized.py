@@ -5,7 +5,7 @@ import json
 import sys
 import zlib
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from lightning_lab.data.batching import Example
 from lightning_lab.data.cache import read_cached, write_cached
-from lightning_lab.data.conversation import Conversation, RowFormat, parse_conversation
+from lightning_lab.data.conversation import Conversation
 from lightning_lab.data.encoding import IGNORED, ConversationEncoder, Encoded, RowTooLongError
 from lightning_lab.data.rows import Rows
 from lightning_lab.data.turns import RowError, or_error
@@ -135,7 +135,6 @@ def tokenize_rows(
     encoder: ConversationEncoder,
     *,
     on_bad_row: OnBadRow,
-    row_format: RowFormat = RowFormat(),  # noqa: B008  (frozen)
     progress: bool = True,
 ) -> TokenizedRows:
     """Tokenise all rows, or read them from the cache when rows and encoder are those of an earlier call.
@@ -149,16 +148,14 @@ def tokenize_rows(
         rows: The source.
         encoder: Template, tokenizer and rules.
         on_bad_row: ``error`` stops at the first bad row, ``drop`` keeps it as an empty one with its reason.
-        row_format: How to read the rows.
         progress: Report on stderr.
 
     Raises:
         LabError: A bad row, named with its place; or the cache directory cannot be written.
 
     """
-    fingerprint = hashlib.sha256(
-        f"{_FORMAT} {rows.fingerprint} {row_format} {encoder.fingerprint}".encode()
-    ).hexdigest()
+    key = f"{_FORMAT} {rows.fingerprint} {rows.row_format} {encoder.fingerprint}"
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()
     path = cache_dir() / "tokenized" / f"{fingerprint[:32]}.arrow"
 
     def checked(table: pa.Table, first: int) -> pa.Table:
@@ -179,9 +176,7 @@ def tokenize_rows(
         try:
             with Progress(console=Console(stderr=True), disable=not shown) as bar:
                 firsts = bar.track(range(0, len(rows), _BATCH_ROWS), description="tokenising")
-                table = write_cached(
-                    path, _SCHEMA, (checked(_encode(rows, encoder, row_format, first), first) for first in firsts)
-                )
+                table = write_cached(path, _SCHEMA, (checked(_encode(rows, encoder, first), first) for first in firsts))
         except OSError as error:
             raise LabError(f"cannot write {path}: {error.strerror or error}; set LIGHTNING_LAB_CACHE") from None
     tokenized = TokenizedRows(checked(table, 0), fingerprint)
@@ -190,9 +185,9 @@ def tokenize_rows(
     return tokenized
 
 
-def _encode(rows: Rows, encoder: ConversationEncoder, row_format: RowFormat, first: int) -> pa.Table:
+def _encode(rows: Rows, encoder: ConversationEncoder, first: int) -> pa.Table:
     batch = range(first, min(first + _BATCH_ROWS, len(rows)))
-    conversations = [or_error(partial(parse_conversation, row_format=row_format), rows[index]) for index in batch]
+    conversations = [or_error(rows.conversation, index) for index in batch]
     results = encoder.encode_batch(conversations)
     kept = [result if isinstance(result, Encoded) else Encoded([], [], False) for result in results]
     return pa.table(
