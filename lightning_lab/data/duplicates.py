@@ -137,8 +137,7 @@ def find_duplicates(rows: Rows, progress: bool = True) -> Duplicates:
             write_cached(path, _SCHEMA, [table])
         except OSError as error:  # it can be done without
             print(f"warning: cannot write {path}: {error.strerror or error}", file=sys.stderr)
-    earlier = np.repeat(np.arange(len(table)), pc.list_value_length(table["near"]).to_numpy())
-    pairs = np.column_stack([earlier, pc.list_flatten(table["near"]).to_numpy()])
+    pairs = np.column_stack([pc.list_parent_indices(table["near"]), pc.list_flatten(table["near"])])
     if progress and (crowded := pc.sum(table["crowded"]).as_py()):
         print(f"{crowded:,} rows share a text with over {CROWD} others, compared with some only", file=sys.stderr)
     first, question, answer, same = (table[name].to_numpy() for name in (*_HASHES, "same"))
