@@ -295,8 +295,7 @@ class PromptBatch(NamedTuple):
 
     def texts(self, answers: list[list[int]]) -> list[str]:
         """Decode answers' token ids, without control tokens."""
-        texts: list[str] = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return texts
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def collate(

@@ -98,8 +98,7 @@ def _runs(data: ChatDataModule, row: int) -> Iterator[tuple[str, bool]]:
 
 
 def _decode(data: ChatDataModule, ids: list[int]) -> str:
-    text: str = data.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
+    return data.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _changed_by_cuts(data: ChatDataModule, row: int) -> bool:
