@@ -133,11 +133,9 @@ class ConversationEncoder:
         backend_text = json.dumps(backend, sort_keys=True)
         self._backend = Tokenizer.from_str(backend_text)
         self._probe_prefix()
-        settings = (
-            *(self.template.source, self.template.bos, tokenizer.special_tokens_map),
-            *(control_tokens, mask, max_length, truncation),
-        )
-        self.fingerprint = hashlib.sha256(f"{settings}{backend_text}".encode()).hexdigest()
+        written = (self.template.source, self.template.bos, tokenizer.special_tokens_map)
+        rules = (control_tokens, mask, max_length, truncation)
+        self.fingerprint = hashlib.sha256(f"{written + rules}{backend_text}".encode()).hexdigest()
 
     def encode_batch(self, conversations: Sequence[Conversation | RowError]) -> list[Encoded | RowError]:
         """Render and tokenise many conversations at once, in order.
