@@ -11,12 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
 from rich.progress import Progress
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from lightning_lab.data.cache import read_cached, write_cached
+from lightning_lab.data.cache import making, read_cached, write_cached
 from lightning_lab.data.conversation import Conversation, Prompt
 from lightning_lab.data.rows import Rows
 from lightning_lab.data.tokenized import hashed
@@ -129,9 +128,7 @@ def find_duplicates(rows: Rows, progress: bool = True) -> Duplicates:
     path = cache_dir() / "duplicates" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
     table = read_cached(path)
     if table is None:
-        if progress:
-            print(f"looking for duplicates among {len(rows):,} rows of {rows.name}", file=sys.stderr)
-        with Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty())) as bar:
+        with making(f"looking for duplicates among {len(rows):,} rows of {rows.name}", progress) as bar:
             table = _compare(rows, bar)
         try:
             write_cached(path, _SCHEMA, [table])

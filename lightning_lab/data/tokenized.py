@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,11 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
-from rich.progress import Progress
 
 from lightning_lab.data.batching import Example
-from lightning_lab.data.cache import read_cached, write_cached
+from lightning_lab.data.cache import making, read_cached, write_cached
 from lightning_lab.data.conversation import Conversation
 from lightning_lab.data.encoding import IGNORED, ConversationEncoder, Encoded, RowTooLongError
 from lightning_lab.data.rows import Rows
@@ -170,15 +167,12 @@ def tokenize_rows(
 
     table = read_cached(path)
     if table is None:
-        if progress:
-            print(f"tokenising {len(rows):,} rows of {rows.name}", file=sys.stderr)
-        shown = progress and sys.stderr.isatty()
-        try:
-            with Progress(console=Console(stderr=True), disable=not shown) as bar:
-                firsts = bar.track(range(0, len(rows), _BATCH_ROWS), description="tokenising")
+        with making(f"tokenising {len(rows):,} rows of {rows.name}", progress) as bar:
+            firsts = bar.track(range(0, len(rows), _BATCH_ROWS), description="tokenising")
+            try:
                 table = write_cached(path, _SCHEMA, (checked(_encode(rows, encoder, first), first) for first in firsts))
-        except OSError as error:
-            raise LabError(f"cannot write {path}: {error.strerror or error}; set LIGHTNING_LAB_CACHE") from None
+            except OSError as error:
+                raise LabError(f"cannot write {path}: {error.strerror or error}; set LIGHTNING_LAB_CACHE") from None
     tokenized = TokenizedRows(checked(table, 0), fingerprint)
     if len(tokenized.dropped) == len(tokenized):
         raise LabError(f"every row of {rows.name} is dropped; {rows.where(0)}: {tokenized.dropped[0]}")
