@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -61,7 +61,7 @@ class Rows(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         part, within = self._find(index)
         if isinstance(part.stored, pa.Table):
-            return _ArrowRow(part.stored.slice(within, 1))
+            return _converted(part.stored.slice(within, 1))
         row = part.stored[within]
         if not isinstance(row, bytes):
             return row
@@ -85,27 +85,16 @@ class Rows(Sequence[Any]):
         return self.parts[number], index - self._starts[number]
 
 
-class _ArrowRow(Mapping[str, Any]):
-    """A table's only row; a cell is converted when it is asked for, so that a column nobody uses may hold anything.
-
-    Null fields of objects are left out: a table has every field in every row.
-    """
-
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
-
-    def __getitem__(self, key: str) -> Any:
-        cell = self._table[key][0]
+def _converted(table: pa.Table) -> dict[str, Any] | RowError:
+    """A table's only row. Null fields of objects are left out: a table has every field in every row."""
+    row = {}
+    for key in table.column_names:
+        cell = table[key][0]
         try:
-            return _without_nulls(cell.as_py())
+            row[key] = _without_nulls(cell.as_py())
         except (ValueError, OverflowError) as error:
-            raise RowError(f"the cell of column {key!r}, of type {cell.type}, does not convert ({error})") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._table.column_names)
-
-    def __len__(self) -> int:
-        return self._table.num_columns
+            return RowError(f"the cell of column {key!r}, of type {cell.type}, does not convert ({error})")
+    return row
 
 
 def _without_nulls(value: Any) -> Any:
