@@ -71,7 +71,9 @@ def split_rows(
         held_out, rest = np.split(order, [validation + test])
         held_out = held_out[np.random.default_rng(seed).permutation(len(held_out))]
         order = np.concatenate([rest[:train], held_out[test:], held_out[:test]])
-    if groups is not None:
+    if groups is None:
+        dealt = np.split(order, np.cumsum(sizes))  # the last are in no split
+    else:
         room = [*sizes, rows - sum(sizes)]  # the last are in no split
         members, part_of = np.bincount(groups).tolist(), {}
         for group in dict.fromkeys(groups[order].tolist()):
@@ -79,11 +81,8 @@ def split_rows(
             part_of[group] = part
             room[part] -= members[group]
         parts = np.array([part_of[group] for group in groups[order].tolist()])
-        order, sizes = order[np.argsort(parts, kind="stable")], np.bincount(parts, minlength=4)[:3].tolist()
-    splits: dict[str, SplitData] = {}
-    for name, size, end in zip(SPLITS, sizes, np.cumsum(sizes).tolist(), strict=True):
-        splits[name] = SplitData.of(order[end - size : end].tolist(), dropped)
-    return splits
+        dealt = [order[parts == part] for part in range(len(SPLITS))]
+    return {name: SplitData.of(part.tolist(), dropped) for name, part in zip(SPLITS, dealt, strict=False)}
 
 
 def split_sizes(
@@ -296,12 +295,11 @@ class PromptBatch(NamedTuple):
 
     def texts(self, answers: list[list[int]]) -> list[str]:
         """Decode answers' token ids, without control tokens."""
-        texts: list[str] = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return texts
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def collate(
-    examples: Sequence[Example | tuple[np.ndarray, np.ndarray]],
+    examples: Sequence[Example],
     documents: Sequence[int],
     rows: Sequence[int],
     factors: Sequence[float] | None = None,
@@ -312,28 +310,27 @@ def collate(
     it would otherwise be predicted from the document before.
 
     Args:
-        examples: The conversations; of one document and unweighted, ``(input_ids, labels)`` will do.
+        examples: The conversations.
         documents: Their numbers in the split.
         rows: Their rows in the source.
         factors: By which each conversation's weights are multiplied; None for 1.
 
     """
-    kept = [Example(*example) for example in examples]
-    sizes = [len(example.input_ids) for example in kept]
+    sizes = [len(example.input_ids) for example in examples]
     ends = np.cumsum([0, *sizes])
-    starts = [begin + start for begin, example in zip(ends, kept, strict=False) for start in (0, *example.starts)]
+    starts = [begin + start for begin, example in zip(ends, examples, strict=False) for start in (0, *example.starts)]
     lengths = np.diff([*starts, ends[-1]])
     owners = np.repeat(np.arange(len(sizes)), sizes)
-    labels = np.concatenate([example.labels for example in kept])
+    labels = np.concatenate([example.labels for example in examples])
     labels[starts] = IGNORED
     supervised = np.flatnonzero(labels != IGNORED)
     weights = None
-    if factors is not None or any(example.weights is not None for example in kept):
-        each = [np.ones(len(e.labels)) if e.weights is None else e.weights for e in kept]
+    if factors is not None or any(example.weights is not None for example in examples):
+        each = [np.ones(len(e.labels)) if e.weights is None else e.weights for e in examples]
         scaled = [w * factor for w, factor in zip(each, factors or [1.0] * len(each), strict=True)]
         weights = torch.from_numpy(np.concatenate(scaled)[supervised]).float()
     return MicroBatch(
-        input_ids=torch.from_numpy(np.concatenate([example.input_ids for example in kept])).long()[None],
+        input_ids=torch.from_numpy(np.concatenate([example.input_ids for example in examples])).long()[None],
         position_ids=torch.from_numpy(np.arange(ends[-1]) - np.repeat(starts, lengths))[None],
         cu_seqlens=torch.from_numpy(np.array([*starts, ends[-1]])).int(),
         predicting=torch.from_numpy(supervised - 1),

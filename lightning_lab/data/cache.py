@@ -1,4 +1,4 @@
-"""Arrow files in the cache: made whole or not at all, and read only if nothing in them has changed."""
+"""Arrow files in the cache: made whole or not at all, read only if nothing in them has changed, their making shown."""
 
 import gc
 import hashlib
@@ -7,15 +7,26 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
+from rich.console import Console
+from rich.progress import Progress
 
 _OBJECTS_A_SEARCH = 100_000  # a search at each 700, the default, takes a third of the time
 _SUM_BYTES = hashlib.sha256().digest_size  # the file ends with the sum of what is before
 _ABANDONED_S = 24 * 60 * 60  # no preparation takes so long
+
+
+@contextmanager
+def making(what: str, shown: bool) -> Iterator[Progress]:
+    """Say on stderr what is being done, and give bars, which only a terminal has; neither unless ``shown``."""
+    if shown:
+        print(what, file=sys.stderr)
+    with Progress(console=Console(stderr=True), disable=not (shown and sys.stderr.isatty())) as bars:
+        yield bars
 
 
 def read_cached(path: Path) -> pa.Table | None:

@@ -5,19 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from lightning_lab.data import turns
-from lightning_lab.data.turns import HARMLESS, Message, RowError, or_error
+from lightning_lab.data.turns import HARMLESS, Message, RowError
 from lightning_lab.errors import LabError
-
-__all__ = [
-    "Conversation",
-    "Message",
-    "Prompt",
-    "RowError",
-    "RowFormat",
-    "or_error",
-    "parse_conversation",
-    "parse_prompt",
-]
 
 EmptyAnswers = Literal["refuse", "keep"]
 
@@ -89,10 +78,10 @@ class RowFormat:
             raise LabError(f"data.columns has the key '{key}'; choose from {', '.join(sorted(_PAIR_KEYS))}")
 
 
-_BY_KEYS = RowFormat()
+BY_KEYS = RowFormat()
 
 
-def parse_conversation(row: Mapping[str, Any] | RowError, row_format: RowFormat = _BY_KEYS) -> Conversation:
+def parse_conversation(row: Mapping[str, Any] | RowError, row_format: RowFormat = BY_KEYS) -> Conversation:
     """Read a row in ShareGPT, `messages`, prompt-completion or Alpaca format, recognised by its keys.
 
     * ``conversations`` or ``messages``: a list of turns, or its JSON, each with ``from``/``value`` or
@@ -123,9 +112,7 @@ def parse_conversation(row: Mapping[str, Any] | RowError, row_format: RowFormat 
     return conversation
 
 
-def parse_prompt(
-    row: Mapping[str, Any] | RowError, row_format: RowFormat = _BY_KEYS
-) -> tuple[Conversation, str | None]:
+def parse_prompt(row: Mapping[str, Any] | RowError, row_format: RowFormat = BY_KEYS) -> tuple[Conversation, str | None]:
     """Read a row to be answered: a conversation up to its last answer, and that answer where there is one.
 
     The formats are those of `parse_conversation`, but no answer is needed: a conversation that ends with another turn
@@ -204,12 +191,11 @@ def _renamed(row: Mapping[str, Any], row_format: RowFormat) -> dict[str, Any]:
 def _parse_pair(row: Mapping[str, Any], row_format: RowFormat) -> list[Message]:
     """Read a question and its answer, each in a column of its own, and the pairs before them."""
     messages = []
-    history = row.get("history") or []
-    if isinstance(history, str):
-        history = turns.from_json(history, "'history' must be a list of [question, answer] pairs, found text that")
+    shape = "'history' must be a list of [question, answer] pairs"
+    history = turns.from_json(row.get("history") or [], f"{shape}, found text that")
     for pair in history if isinstance(history, list | tuple) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowError("'history' must be a list of [question, answer] pairs")
+            raise RowError(shape)
         asked, answered = (turns.checked_text(text, "a text of 'history'") for text in pair)
         messages += [Message("user", asked), Message("assistant", answered)]
     question, extra, answer = (turns.one_of(row, names, "the row") for names in (_QUESTIONS, _INPUTS, _ANSWERS))
@@ -227,8 +213,7 @@ def _parse_pair(row: Mapping[str, Any], row_format: RowFormat) -> list[Message]:
 
 def _parse_turns(value: Any, what: str, row_format: RowFormat, *, alternate: bool = False) -> list[Message]:
     """Read a list of turns, or its JSON; with ``alternate`` also texts, the user's and the assistant's in turn."""
-    if isinstance(value, str):
-        value = turns.from_json(value, f"{what} must be a list of turns, found text that")
+    value = turns.from_json(value, f"{what} must be a list of turns, found text that")
     if not isinstance(value, list | tuple):
         raise RowError(f"{what} must be a list of turns, found {turns.kind(value)}")
     if all(isinstance(turn, str) and turn.lstrip().startswith("{") for turn in value):  # as exported columns have them

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -18,7 +19,7 @@ from lightning_lab.data.duplicates import Duplicates, try_find
 from lightning_lab.data.encoding import ControlTokens, ConversationEncoder, Mask, Truncation, load_tokenizer
 from lightning_lab.data.loading import StepLoader, do_without_validation, loading_options
 from lightning_lab.data.preparation import prepare_rows
-from lightning_lab.data.prompts import first_prompts, read_prompts, tokenize_prompts
+from lightning_lab.data.prompts import read_prompts, tokenize_prompts
 from lightning_lab.data.rows import Rows
 from lightning_lab.data.summary import print_summary
 from lightning_lab.data.tokenized import OnBadRow, TokenizedRows
@@ -172,15 +173,14 @@ class ChatDataModule(pl.LightningDataModule):
             self._open_tokenizer()
             assert self.own_prompts is not None  # read here, before the base is loaded
             return
-        splits = self.splits
-        needed = [] if stage is None else [self.split_for(stage)]
-        if stage == "fit":
-            needed = ["train", *needed]
-            if not len(splits["validation"].rows) and not splits["validation"].dropped:  # none is asked for
-                needed = ["train"]
-                do_without_validation(self.trainer)
+        needed = ["train"] if stage == "fit" else []
+        validation = self.splits["validation"]
+        if stage == "fit" and not (len(validation.rows) or validation.dropped):  # none is asked for
+            do_without_validation(self.trainer)
+        elif stage is not None:
+            needed.append(self.split_for(stage))
         for name in needed:
-            if not len(splits[name].rows):
+            if not len(self.splits[name].rows):
                 raise LabError(
                     f"the {name} split of {self.rows.name} has no usable conversation; change data.split or data.rows"
                 )
@@ -211,7 +211,7 @@ class ChatDataModule(pl.LightningDataModule):
     @cached_property
     def duplicates(self) -> Duplicates | None:
         """Which rows repeat each other, in whatever split they are; None where that cannot be found out."""
-        return try_find(self.rows, self.row_format, self.trainer is None or self.trainer.is_global_zero)
+        return try_find(self.rows, self.trainer is None or self.trainer.is_global_zero)
 
     def split_for(self, stage: str) -> str:
         """Name of the split that ``validate``, ``test`` or ``predict`` reads; ``fit`` always reads validation."""
@@ -271,9 +271,7 @@ class ChatDataModule(pl.LightningDataModule):
 
     @override
     def train_dataloader(self) -> StepLoader:
-        rank, world_size = self._process()
-        batch_of_step = partial(self.step_batch, rank=rank, world_size=world_size)
-        options = {"collate_fn": batch_of_step, **loading_options(self.num_workers)}
+        options = {"collate_fn": partial(self.step_batch, **self._process()), **loading_options(self.num_workers)}
         return StepLoader(self._unlimited_steps, self.steps_per_epoch, self._steps_done, options)
 
     def _steps_done(self) -> int:
@@ -308,7 +306,7 @@ class ChatDataModule(pl.LightningDataModule):
 
     def _eval_loader(self, stage: str) -> DataLoader:
         split = self.split_for(stage)
-        bins: Any = self.micro_batches(split, *self._process())
+        bins: Any = self.micro_batches(split, **self._process())
         return DataLoader(
             bins, collate_fn=partial(self._micro_batch, self.splits[split]), **loading_options(self.num_workers)
         )
@@ -325,14 +323,15 @@ class ChatDataModule(pl.LightningDataModule):
             raise LabError("data.micro_batch_tokens is still auto: QLoRAModule chooses it; without one, give a number")
         return tokens
 
-    def _process(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _process(self) -> dict[str, int]:
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size} if self.trainer else {}
 
     # -- prompts -------------------------------------------------------------------------------------------------
 
     def first_prompts(self, split: str, count: int | None) -> list[Prompt]:
         """The first conversations of a split (None: all), each cut before its last answer; less those it begins."""
-        return first_prompts(self.rows, self.splits[split].rows.tolist(), self.row_format, count)
+        prompts = (Prompt.of(row, self.rows.conversation(row)) for row in self.splits[split].rows.tolist())
+        return list(islice(filter(None, prompts), count))
 
     def prompt_batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """Tokenise prompts as in training; a template that refuses one raises `RowError`."""

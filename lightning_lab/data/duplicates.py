@@ -5,22 +5,21 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
 from rich.progress import Progress
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from lightning_lab.data.cache import read_cached, write_cached
-from lightning_lab.data.conversation import Conversation, Prompt, RowError, RowFormat, or_error, parse_conversation
+from lightning_lab.data.cache import making, read_cached, write_cached
+from lightning_lab.data.conversation import Conversation, Prompt
 from lightning_lab.data.rows import Rows
 from lightning_lab.data.tokenized import hashed
+from lightning_lab.data.turns import RowError, or_error
 from lightning_lab.hub import cache_dir
 
 NEAR = 0.5  # Jaccard index of their shingles from which two conversations are near-duplicates
@@ -114,7 +113,7 @@ def _matches(key: np.ndarray, unlike: np.ndarray, rows: np.ndarray, others: np.n
     return found
 
 
-def find_duplicates(rows: Rows, row_format: RowFormat, progress: bool = True) -> Duplicates:
+def find_duplicates(rows: Rows, progress: bool = True) -> Duplicates:
     """Compare all rows, or read what an earlier call found; rows that cannot be read repeat nothing.
 
     Words are those of all turns but the system message, which data sets repeat. Near-duplicates are not estimated: but
@@ -122,44 +121,40 @@ def find_duplicates(rows: Rows, row_format: RowFormat, progress: bool = True) ->
 
     Args:
         rows: The source.
-        row_format: How to read the rows.
         progress: Report on stderr.
 
     """
-    key = f"{_FORMAT} {NEAR} {SHINGLE} {CROWD} {FEW} {rows.fingerprint} {row_format}"
+    key = f"{_FORMAT} {NEAR} {SHINGLE} {CROWD} {FEW} {rows.fingerprint} {rows.row_format}"
     path = cache_dir() / "duplicates" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
     table = read_cached(path)
     if table is None:
-        if progress:
-            print(f"looking for duplicates among {len(rows):,} rows of {rows.name}", file=sys.stderr)
-        with Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty())) as bar:
-            table = _compare(rows, row_format, bar)
+        with making(f"looking for duplicates among {len(rows):,} rows of {rows.name}", progress) as bar:
+            table = _compare(rows, bar)
         try:
             write_cached(path, _SCHEMA, [table])
         except OSError as error:  # it can be done without
             print(f"warning: cannot write {path}: {error.strerror or error}", file=sys.stderr)
-    earlier = np.repeat(np.arange(len(table)), pc.list_value_length(table["near"]).to_numpy())
-    pairs = np.column_stack([earlier, pc.list_flatten(table["near"]).to_numpy()])
+    pairs = np.column_stack([pc.list_parent_indices(table["near"]), pc.list_flatten(table["near"])])
     if progress and (crowded := pc.sum(table["crowded"]).as_py()):
         print(f"{crowded:,} rows share a text with over {CROWD} others, compared with some only", file=sys.stderr)
     first, question, answer, same = (table[name].to_numpy() for name in (*_HASHES, "same"))
     return Duplicates(first, question, answer, same, pairs)
 
 
-def try_find(rows: Rows, row_format: RowFormat, progress: bool = True) -> Duplicates | None:
+def try_find(rows: Rows, progress: bool = True) -> Duplicates | None:
     """Do as `find_duplicates`, for those who only tell: None where it fails, as a line says."""
     try:
-        return find_duplicates(rows, row_format, progress)
+        return find_duplicates(rows, progress)
     except Exception as error:  # of a million rows the memory may not do
         print(f"warning: near-duplicates are not known ({type(error).__name__}: {error})", file=sys.stderr)
         return None
 
 
-def _compare(rows: Rows, row_format: RowFormat, bar: Progress) -> pa.Table:
+def _compare(rows: Rows, bar: Progress) -> pa.Table:
     numbers: dict[str, int] = defaultdict(count(1).__next__)
     turns, shingles = [], []
-    for row in bar.track(rows, description="reading"):
-        said = or_error(partial(parse_conversation, row_format=row_format), row)
+    for index in bar.track(range(len(rows)), description="reading"):
+        said = or_error(rows.conversation, index)
         turns.append((0, 0, 0) if isinstance(said, RowError) else _turns(said))
         words = [] if isinstance(said, RowError) else _words(said)
         shingles.append(_shingles([numbers[word] for word in words]))

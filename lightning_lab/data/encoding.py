@@ -8,8 +8,9 @@ from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_lab import hub
-from lightning_lab.data.conversation import Conversation, RowError, or_error
+from lightning_lab.data.conversation import Conversation
 from lightning_lab.data.template import ChatTemplate, Rendered
+from lightning_lab.data.turns import RowError, or_error
 from lightning_lab.errors import LabError
 
 if TYPE_CHECKING:
@@ -132,11 +133,9 @@ class ConversationEncoder:
         backend_text = json.dumps(backend, sort_keys=True)
         self._backend = Tokenizer.from_str(backend_text)
         self._probe_prefix()
-        settings = (
-            *(self.template.source, self.template.bos, tokenizer.special_tokens_map),
-            *(control_tokens, mask, max_length, truncation),
-        )
-        self.fingerprint = hashlib.sha256(f"{settings}{backend_text}".encode()).hexdigest()
+        written = (self.template.source, self.template.bos, tokenizer.special_tokens_map)
+        rules = (control_tokens, mask, max_length, truncation)
+        self.fingerprint = hashlib.sha256(f"{written + rules}{backend_text}".encode()).hexdigest()
 
     def encode_batch(self, conversations: Sequence[Conversation | RowError]) -> list[Encoded | RowError]:
         """Render and tokenise many conversations at once, in order.
@@ -263,14 +262,13 @@ class ConversationEncoder:
         """Lay ids, mask and weights side by side, and truncate them."""
         ids: list[int] = []
         supervised: list[bool] = []
-        weights: list[float] | None = None if set(answer_weights) <= {0.0, 1.0} else []
+        weights: list[float] = []
         answer_ends: dict[int, int] = {}  # in tokens
         for tokens, span in pieces:
             ids += tokens
             weight = 0.0 if span is None else answer_weights[span]
             supervised += [weight > 0] * len(tokens)
-            if weights is not None:
-                weights += [weight] * len(tokens)
+            weights += [weight] * len(tokens)
             if span is not None:
                 answer_ends[span] = len(ids)
 
@@ -282,8 +280,7 @@ class ConversationEncoder:
                 raise RowTooLongError(f"{length} tokens are more than data.max_length {limit}")
             fitting = [end for end in answer_ends.values() if end <= limit]
             keep = max(fitting, default=0) if self.truncation == "turns" else limit
-            del ids[keep:], supervised[keep:]
-            weights = weights and weights[:keep]
+            del ids[keep:], supervised[keep:], weights[keep:]
         if True not in supervised[1:]:  # the first token has nothing before it to be predicted from
             if truncated:
                 verb = "ends" if self.truncation == "turns" else "begins"
@@ -292,7 +289,7 @@ class ConversationEncoder:
                     f"(the row has {length} tokens)"
                 )
             raise RowError("nothing left to learn: its answers are empty and the template writes no end-of-turn token")
-        return Encoded(ids, supervised, truncated, weights)
+        return Encoded(ids, supervised, truncated, None if set(answer_weights) <= {0.0, 1.0} else weights)
 
 
 def _joined(documents: Sequence[Encoded | RowError]) -> Encoded:

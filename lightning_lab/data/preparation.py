@@ -36,14 +36,14 @@ def prepare_rows(
     group, size = options["micro_mean"], options["batch_size"]
     if group and group > size:
         raise LabError(f"data.micro_mean {group} is more than data.batch_size {size}; lower it")
-    commit, config, unread = options["revision"], options["source_config"], row_format.unread
-    rows = load_rows(options["source"], options["rows"], commit, config, options["source_split"], unread)
+    commit, config = options["revision"], options["source_config"]
+    rows = load_rows(options["source"], options["rows"], commit, config, options["source_split"], row_format)
     sources = {"validation": options["validation_source"], "test": options["test_source"]}
     own = {}
     for name, source in sources.items():
         if source is not None:
             same = str(source).partition(":")[0] == rows.name.partition(":")[0]
-            own[name] = load_rows(source, None, commit if same else None, config if same else None, name, unread)
+            own[name] = load_rows(source, None, commit if same else None, config if same else None, name, row_format)
     method = options["split_method"]
     if options["group_duplicates"] and method == "lab":
         raise LabError("data.group_duplicates moves rows, which data.split_method lab cannot; leave one of them out")
@@ -61,11 +61,11 @@ def prepare_rows(
         name=", ".join(each.name for each in (rows, *own.values())),
         fingerprint=" ".join([rows.fingerprint, *(f"{name} {each.fingerprint}" for name, each in own.items())]),
         total=sum(each.total for each in (rows, *own.values())),
+        row_format=row_format,
     )
-    reading = {"row_format": row_format, "on_bad_row": options["on_bad_row"]}
-    tokenized = tokenize_rows(every, encoder, progress=progress, **reading)
+    tokenized = tokenize_rows(every, encoder, on_bad_row=options["on_bad_row"], progress=progress)
     check_dropped(every, tokenized, options["max_dropped"])
-    groups = find_duplicates(every, row_format, progress).groups(len(rows)) if options["group_duplicates"] else None
+    groups = find_duplicates(every, progress).groups(len(rows)) if options["group_duplicates"] else None
     splits = split_rows(sizes, len(rows), options["split_seed"], tokenized.dropped, method, groups)
     dealt = [len(split.rows) + len(split.dropped) for split in splits.values()]
     if any(size and not got for size, got in zip(sizes, dealt, strict=True)) and groups is not None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lightning_lab.data.batching import SPLITS, pack
-from lightning_lab.data.conversation import parse_conversation, unread_keys
+from lightning_lab.data.conversation import unread_keys
 from lightning_lab.data.duplicates import KINDS, find_duplicates
 from lightning_lab.data.encoding import IGNORED
 from lightning_lab.data.summary import named, some, summary
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_lab.data.datamodule import ChatDataModule
 
 
-def preview(data: ChatDataModule, *, limit: int = 3, as_json: bool = False, file: TextIO | None = None) -> None:
+def preview(data: ChatDataModule, *, limit: int = 3, as_json: bool = False) -> None:
     """Print conversations, then counts over all rows of ``eval_split``, or of the source where there is none.
 
     On a terminal supervised tokens are coloured and masked ones dim; elsewhere supervised tokens stand in ⟦ ⟧.
@@ -33,10 +32,8 @@ def preview(data: ChatDataModule, *, limit: int = 3, as_json: bool = False, file
         limit: Conversations to print; dropped rows are skipped.
         as_json: Print only the conversations, one object a line: ``row``, ``input_ids``, ``labels`` (-100 where
             nothing is supervised) and ``text``, which is that of the ids, so truncated like them.
-        file: Standard output by default.
 
     """
-    file = file or sys.stdout
     split = data.splits[data.eval_split] if data.eval_split else None
     rows = sorted([*split.rows.tolist(), *split.dropped]) if split else range(len(data.rows))
     kept = [row for row in rows if row not in data.tokenized.dropped]
@@ -44,13 +41,13 @@ def preview(data: ChatDataModule, *, limit: int = 3, as_json: bool = False, file
         for row in kept[:limit]:
             ids, labels = data.tokenized.input_ids(row).tolist(), data.tokenized.labels(row).tolist()
             shown = {"row": row, "input_ids": ids, "labels": labels, "text": _decode(data, ids)}
-            print(json.dumps(shown, ensure_ascii=False), file=file)
+            print(json.dumps(shown, ensure_ascii=False))
         return
 
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     for row in kept[:limit]:
         counts = f"{data.tokenized.lengths[row]} tokens, {data.tokenized.supervised[row]} supervised"
         console.print(Text(f"--- {data.rows.where(row)}: {counts}", style="bold"))
@@ -65,34 +62,31 @@ def preview(data: ChatDataModule, *, limit: int = 3, as_json: bool = False, file
         console.print(line)
 
 
-def check(data: ChatDataModule, *, as_json: bool = False, file: TextIO | None = None) -> None:
+def check(data: ChatDataModule, *, as_json: bool = False) -> None:
     """Print how many conversations of each split repeat others of it, and of the splits before it, and a few places.
 
     Args:
         data: Prepared.
         as_json: Print one object instead, with every such row and one that it repeats.
-        file: Standard output by default.
 
     """
-    file = file or sys.stdout
-    duplicates = find_duplicates(data.rows, data.row_format)
+    duplicates = find_duplicates(data.rows)
     splits = {str(name): data.splits[name].rows for name in SPLITS if len(data.splits[name].rows)}
     pairs = [*((name, name) for name in splits), *((later, first) for first, later in combinations(splits, 2))]
     contents, sizes = data.tokenized.contents, {name: len(rows) for name, rows in splits.items()}
     found = [(one, of, duplicates.matches(contents, splits[one], splits[of])) for one, of in pairs]
     if as_json:
         each = [{"split": one, "repeats": of} | {k: [*v.items()] for k, v in kinds.items()} for one, of, kinds in found]
-        print(json.dumps({"source": data.rows.name, "conversations": sizes, "found": each}), file=file)
+        print(json.dumps({"source": data.rows.name, "conversations": sizes, "found": each}))
         return
     columns = ("split", "conversations", "repeats", *(kind.replace("_", " ") for kind in KINDS))
     cells = [(one, f"{sizes[one]:,}", of, *(f"{len(rows):,}" for rows in kinds.values())) for one, of, kinds in found]
-    print(Table(columns, cells, text=("split", "repeats")).markdown(), file=file)
+    print(Table(columns, cells, text=("split", "repeats")).markdown())
     for one, of, kinds in found:
         for kind, rows in kinds.items():
             if rows:
                 places = [f"{data.rows.where(row)} as {data.rows.where(other)}" for row, other in rows.items()]
-                shown = some(range(len(places)), places.__getitem__)
-                print(f"{one}, {kind.replace('_', ' ')} of {of}: {shown}", file=file)
+                print(f"{one}, {kind.replace('_', ' ')} of {of}: {some(places)}")
 
 
 def _runs(data: ChatDataModule, row: int) -> Iterator[tuple[str, bool]]:
@@ -104,13 +98,12 @@ def _runs(data: ChatDataModule, row: int) -> Iterator[tuple[str, bool]]:
 
 
 def _decode(data: ChatDataModule, ids: list[int]) -> str:
-    text: str = data.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
+    return data.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _changed_by_cuts(data: ChatDataModule, row: int) -> bool:
     """Whether the row has other ids than it would have without cuts at its answers."""
-    texts = data.encoder.template.documents(parse_conversation(data.rows[row], data.row_format))
+    texts = data.encoder.template.documents(data.rows.conversation(row))
     cut, uncut = (data.encoder.token_ids(variant) for variant in (texts, [replace(t, spans=()) for t in texts]))
     return cut != uncut
 
@@ -125,7 +118,7 @@ def _summary(data: ChatDataModule, rows: Sequence[int], kept: Sequence[int]) -> 
         yield f"tokens a row: mean {lengths.mean():.1f}, {percentiles}"
     changed = [row for row in kept if _changed_by_cuts(data, row)]
     yield f"{len(changed)} tokenised otherwise without cuts at the answers" + named(changed)
-    unread = Counter(key for row in kept for key in unread_keys(data.rows[row], data.row_format))
+    unread = Counter(key for row in kept for key in unread_keys(data.rows[row], data.rows.row_format))
     for part in data.rows.parts:
         unread.update(dict.fromkeys(part.unread, len(part.stored)))
     if unread:

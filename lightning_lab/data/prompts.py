@@ -2,26 +2,18 @@
 
 import sys
 from collections.abc import Sequence
-from functools import partial
-from itertools import islice
 from typing import Any
 
 from lightning_lab.data.batching import PromptBatch
-from lightning_lab.data.conversation import Prompt, RowError, RowFormat, or_error, parse_conversation, parse_prompt
+from lightning_lab.data.conversation import Prompt, RowFormat, parse_prompt
 from lightning_lab.data.encoding import ConversationEncoder
-from lightning_lab.data.rows import Rows
 from lightning_lab.data.sources import load_rows
 from lightning_lab.data.template import ChatTemplate
 from lightning_lab.data.tokenized import OnBadRow, content_hash
+from lightning_lab.data.turns import RowError, or_error
 from lightning_lab.errors import LabError
 
 _NAMED_ROWS = 10  # of those that cannot be answered; the rest is counted
-
-
-def first_prompts(rows: Rows, indices: Sequence[int], row_format: RowFormat, count: int | None) -> list[Prompt]:
-    """The first of some rows (None: all), each cut before its last answer; less those that begin with it."""
-    prompts = (Prompt.of(index, parse_conversation(rows[index], row_format)) for index in indices)
-    return list(islice((prompt for prompt in prompts if prompt is not None), count))
 
 
 def read_prompts(source: str, template: ChatTemplate, row_format: RowFormat, on_bad_row: OnBadRow) -> list[Prompt]:
@@ -31,11 +23,11 @@ def read_prompts(source: str, template: ChatTemplate, row_format: RowFormat, on_
         LabError: The source cannot be read, a bad row under ``error``, or none is left.
 
     """
-    rows = load_rows(source, unread=row_format.unread)
+    rows = load_rows(source, row_format=row_format)
     prompts, bad = [], []
     for index, row in enumerate(rows):
         try:
-            whole = or_error(partial(parse_conversation, row_format=row_format), row)
+            whole = or_error(rows.conversation, index)
             content = None if isinstance(whole, RowError) else content_hash(whole)
             prompt = Prompt(index, *parse_prompt(row, row_format), content)
             template.render(prompt.conversation, add_generation_prompt=True)

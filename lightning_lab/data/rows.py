@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from lightning_lab.data.conversation import RowError
+from lightning_lab.data.conversation import BY_KEYS, Conversation, RowFormat, parse_conversation
+from lightning_lab.data.turns import RowError
 
 
 class Part(NamedTuple):
@@ -18,8 +19,8 @@ class Part(NamedTuple):
 
     Attributes:
         name: What to call it in messages.
-        stored: The rows in a compact form: lines of JSON as bytes (as much memory as the file has), an Arrow table, a
-            Hub data set, which stays on disk and gives tables, or a JSON list's Python objects.
+        stored: The rows in a compact form: lines of JSON as bytes (as much memory as the file has), an Arrow table
+            (a Hub data set's stays on disk), or a JSON list's Python objects.
         lines: For JSON Lines, each row's line number counted from 1.
         unread: A table's columns that are left out.
 
@@ -40,6 +41,7 @@ class Rows(Sequence[Any]):
         name: What to call them together.
         fingerprint: Changes whenever the rows do.
         total: Rows that there are, those beyond the limit too.
+        row_format: How to read them.
 
     """
 
@@ -47,6 +49,7 @@ class Rows(Sequence[Any]):
     name: str
     fingerprint: str
     total: int
+    row_format: RowFormat = BY_KEYS
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -57,15 +60,19 @@ class Rows(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         part, within = self._find(index)
-        row = part.stored.slice(within, 1) if isinstance(part.stored, pa.Table) else part.stored[within]
-        if isinstance(row, pa.Table):
-            return _ArrowRow(row)
+        if isinstance(part.stored, pa.Table):
+            return _converted(part.stored.slice(within, 1))
+        row = part.stored[within]
         if not isinstance(row, bytes):
             return row
         try:
             return json.loads(row.decode())
         except (ValueError, RecursionError) as error:
             return RowError(f"the line is not JSON ({error})")
+
+    def conversation(self, index: int) -> Conversation:
+        """Read a row; raises `RowError` as `parse_conversation`."""
+        return parse_conversation(self[index], self.row_format)
 
     def where(self, index: int) -> str:
         """Name a row's place for a message: its line counted from 1, otherwise its index counted from 0."""
@@ -78,27 +85,16 @@ class Rows(Sequence[Any]):
         return self.parts[number], index - self._starts[number]
 
 
-class _ArrowRow(Mapping[str, Any]):
-    """A table's only row; a cell is converted when it is asked for, so that a column nobody uses may hold anything.
-
-    Null fields of objects are left out: a table has every field in every row.
-    """
-
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
-
-    def __getitem__(self, key: str) -> Any:
-        cell = self._table[key][0]
+def _converted(table: pa.Table) -> dict[str, Any] | RowError:
+    """A table's only row. Null fields of objects are left out: a table has every field in every row."""
+    row = {}
+    for key in table.column_names:
+        cell = table[key][0]
         try:
-            return _without_nulls(cell.as_py())
+            row[key] = _without_nulls(cell.as_py())
         except (ValueError, OverflowError) as error:
-            raise RowError(f"the cell of column {key!r}, of type {cell.type}, does not convert ({error})") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._table.column_names)
-
-    def __len__(self) -> int:
-        return self._table.num_columns
+            return RowError(f"the cell of column {key!r}, of type {cell.type}, does not convert ({error})")
+    return row
 
 
 def _without_nulls(value: Any) -> Any:

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from glob import glob
 from itertools import groupby
@@ -17,6 +17,7 @@ import pyarrow.feather
 import pyarrow.parquet
 
 from lightning_lab import hub
+from lightning_lab.data.conversation import BY_KEYS, RowFormat
 from lightning_lab.data.rows import Part, Rows
 from lightning_lab.errors import LabError
 
@@ -39,7 +40,7 @@ def load_rows(
     revision: str | None = None,
     config: str | None = None,
     split: str = "train",
-    unread: Collection[str] = (),
+    row_format: RowFormat = BY_KEYS,
 ) -> Rows:
     """Open a source, or several, and keep the first ``limit`` rows (all of them if None).
 
@@ -50,7 +51,7 @@ def load_rows(
         revision: Commit of a Hub data set; None for its newest.
         config: Configuration of a Hub data set; None for its only or default one.
         split: Split of a Hub data set that names none itself.
-        unread: Columns of tables that are not read.
+        row_format: How to read the rows; columns of tables that it leaves unread are not loaded.
 
     Raises:
         LabError: A source does not exist, cannot be reached or read; has no revisions or configurations; or there is
@@ -74,6 +75,7 @@ def load_rows(
         if value is not None and all(path for _, path in places):
             raise LabError(f"{key} is for data sets of the Hub, which {name} is not; leave it out")
 
+    unread = row_format.unread
     parts: list[Part] = []
     fingerprints: list[str] = []
     total, left = 0, limit
@@ -82,21 +84,19 @@ def load_rows(
             repository, _, own_split = place.partition(":")
             found = hub.load_dataset(repository, config=config, split=own_split or split, revision=revision)
             fingerprint = found._fingerprint  # depends on the data set's id, configuration and revision
-            used, left_out = _columns(found.column_names, unread)
-            kept = found.with_format("arrow").select_columns(used).select(range(len(found))[:left])
-            part = Part(place, kept, unread=left_out)
+            part = _chosen(place, found.column_names, found.data.table.select, unread)
         else:
             content = _read(file, place)
             fingerprint = hashlib.sha256(content).hexdigest()
             part = _parsed(content, place, _kind(file), unread)
-            found, kept = part.stored, part.stored[:left]
+        kept = part.stored[:left]
         parts.append(part._replace(stored=kept))
         fingerprints.append(f"{fingerprint}:{len(kept)}")
-        total += len(found)
+        total += len(part.stored)
         left = None if left is None else left - len(kept)
     if not total:
         raise LabError(f"{name} holds no rows; give a data.source with at least one conversation")
-    return Rows(parts, name, " ".join(fingerprints), total)
+    return Rows(parts, name, " ".join(fingerprints), total, row_format)
 
 
 def _kind(path: Path) -> str:
@@ -127,8 +127,10 @@ def _read(path: Path, name: str) -> bytes:
         raise LabError(f"{name} cannot be read: {error.strerror or error}") from None
 
 
-def _columns(names: Sequence[str], unread: Collection[str]) -> tuple[list[str], list[str]]:
-    return [name for name in names if name not in unread], [name for name in names if name in unread]
+def _chosen(name: str, columns: Sequence[str], read: Callable[[list[str]], pa.Table], unread: Collection[str]) -> Part:
+    """A table without the columns that are not read."""
+    used = [column for column in columns if column not in unread]
+    return Part(name, read(used), unread=[column for column in columns if column in unread])
 
 
 def _parsed(content: bytes, name: str, kind: str, unread: Collection[str]) -> Part:
@@ -158,11 +160,10 @@ def _table(content: bytes, name: str, kind: str, unread: Collection[str]) -> Par
     file = pa.BufferReader(content)
     try:
         if kind == ".parquet":
-            used, left_out = _columns(pyarrow.parquet.read_schema(file).names, unread)
-            return Part(name, pyarrow.parquet.read_table(file, columns=used), unread=left_out)
+            columns = pyarrow.parquet.read_schema(file).names
+            return _chosen(name, columns, lambda used: pyarrow.parquet.read_table(file, columns=used), unread)
         table = _arrow(file)
-        used, left_out = _columns(table.column_names, unread)
-        return Part(name, table.select(used), unread=left_out)
+        return _chosen(name, table.column_names, table.select, unread)
     except (pa.ArrowException, OSError) as error:
         what = "Parquet" if kind == ".parquet" else "Arrow"
         raise LabError(f"{name} is not a readable {what} file: {error}") from None

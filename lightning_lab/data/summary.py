@@ -63,8 +63,8 @@ def named(found: Sequence[int]) -> str:
     return f": rows {some(found)}" if found else ""
 
 
-def some(found: Sequence[int], name: Callable[[int], str] = str) -> str:
-    """The first rows of a list by name, and how many more there are."""
+def some(found: Sequence[Any], name: Callable[[Any], str] = str) -> str:
+    """The first of a list by name, and how many more there are."""
     more = f" and {len(found) - _NAMED_ROWS:,} more" if len(found) > _NAMED_ROWS else ""
     return ", ".join(map(name, found[:_NAMED_ROWS])) + more
 

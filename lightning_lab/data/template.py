@@ -20,8 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_lab.data.conversation import Conversation, Message, RowError
+from lightning_lab.data.conversation import Conversation
 from lightning_lab.data.marks import MARK, Span, mark, variants, walk
+from lightning_lab.data.turns import Message, RowError
 from lightning_lab.errors import LabError
 
 if TYPE_CHECKING:

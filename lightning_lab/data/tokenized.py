@@ -2,23 +2,21 @@
 
 import hashlib
 import json
-import sys
 import zlib
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
-from rich.progress import Progress
 
 from lightning_lab.data.batching import Example
-from lightning_lab.data.cache import read_cached, write_cached
-from lightning_lab.data.conversation import Conversation, RowError, RowFormat, or_error, parse_conversation
+from lightning_lab.data.cache import making, read_cached, write_cached
+from lightning_lab.data.conversation import Conversation
 from lightning_lab.data.encoding import IGNORED, ConversationEncoder, Encoded, RowTooLongError
-from lightning_lab.data.sources import Rows
+from lightning_lab.data.rows import Rows
+from lightning_lab.data.turns import RowError, or_error
 from lightning_lab.errors import LabError
 from lightning_lab.hub import cache_dir
 
@@ -134,7 +132,6 @@ def tokenize_rows(
     encoder: ConversationEncoder,
     *,
     on_bad_row: OnBadRow,
-    row_format: RowFormat = RowFormat(),  # noqa: B008  (frozen)
     progress: bool = True,
 ) -> TokenizedRows:
     """Tokenise all rows, or read them from the cache when rows and encoder are those of an earlier call.
@@ -148,16 +145,14 @@ def tokenize_rows(
         rows: The source.
         encoder: Template, tokenizer and rules.
         on_bad_row: ``error`` stops at the first bad row, ``drop`` keeps it as an empty one with its reason.
-        row_format: How to read the rows.
         progress: Report on stderr.
 
     Raises:
         LabError: A bad row, named with its place; or the cache directory cannot be written.
 
     """
-    fingerprint = hashlib.sha256(
-        f"{_FORMAT} {rows.fingerprint} {row_format} {encoder.fingerprint}".encode()
-    ).hexdigest()
+    key = f"{_FORMAT} {rows.fingerprint} {rows.row_format} {encoder.fingerprint}"
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()
     path = cache_dir() / "tokenized" / f"{fingerprint[:32]}.arrow"
 
     def checked(table: pa.Table, first: int) -> pa.Table:
@@ -172,26 +167,21 @@ def tokenize_rows(
 
     table = read_cached(path)
     if table is None:
-        if progress:
-            print(f"tokenising {len(rows):,} rows of {rows.name}", file=sys.stderr)
-        shown = progress and sys.stderr.isatty()
-        try:
-            with Progress(console=Console(stderr=True), disable=not shown) as bar:
-                firsts = bar.track(range(0, len(rows), _BATCH_ROWS), description="tokenising")
-                table = write_cached(
-                    path, _SCHEMA, (checked(_encode(rows, encoder, row_format, first), first) for first in firsts)
-                )
-        except OSError as error:
-            raise LabError(f"cannot write {path}: {error.strerror or error}; set LIGHTNING_LAB_CACHE") from None
+        with making(f"tokenising {len(rows):,} rows of {rows.name}", progress) as bar:
+            firsts = bar.track(range(0, len(rows), _BATCH_ROWS), description="tokenising")
+            try:
+                table = write_cached(path, _SCHEMA, (checked(_encode(rows, encoder, first), first) for first in firsts))
+            except OSError as error:
+                raise LabError(f"cannot write {path}: {error.strerror or error}; set LIGHTNING_LAB_CACHE") from None
     tokenized = TokenizedRows(checked(table, 0), fingerprint)
     if len(tokenized.dropped) == len(tokenized):
         raise LabError(f"every row of {rows.name} is dropped; {rows.where(0)}: {tokenized.dropped[0]}")
     return tokenized
 
 
-def _encode(rows: Rows, encoder: ConversationEncoder, row_format: RowFormat, first: int) -> pa.Table:
+def _encode(rows: Rows, encoder: ConversationEncoder, first: int) -> pa.Table:
     batch = range(first, min(first + _BATCH_ROWS, len(rows)))
-    conversations = [or_error(partial(parse_conversation, row_format=row_format), rows[index]) for index in batch]
+    conversations = [or_error(rows.conversation, index) for index in batch]
     results = encoder.encode_batch(conversations)
     kept = [result if isinstance(result, Encoded) else Encoded([], [], False) for result in results]
     return pa.table(

@@ -143,7 +143,7 @@ def parse_turn(turn: Any, number: int, ignore: tuple[str, ...]) -> Message:
         raise RowError(f"'from' and 'role' of turn {number} differ; name the one to leave out in data.ignore")
     where = f"turn {number} ({role})"
     content = one_of(turn, _CONTENT, where)
-    if turn.keys() <= _SPOKEN:
+    if turn.keys() <= _SPOKEN:  # most others, and in half the time
         return Message(role, checked_text(content, f"the content of {where}"))
     refuse_unknown(turn, _TURN_KEYS, where)
     calls, reasoning = _calls(turn, where), one_of(turn, _REASONING, where)
@@ -184,14 +184,13 @@ def _calls(turn: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     given = filled(turn, _CALLS)
     if len(given) > 1:
         raise RowError(f"{where} has {named(given)}; name the one to leave out in data.ignore")
-    what, calls = f"a tool call of {where}", turn[given[0]] if given else []
-    calls = from_json(calls, f"{what} is text that") if isinstance(calls, str) else calls
+    what = f"a tool call of {where}"
+    calls = from_json(turn[given[0]], f"{what} is text that") if given else []
     read = []
     for call in objects([calls] if isinstance(calls, dict) else calls, f"{named(given)} of {where}"):
         function = call.get("function") or call
         arguments = function.get("arguments") or {} if isinstance(function, dict) else None
-        if isinstance(arguments, str):
-            arguments = from_json(arguments, f"the arguments of {what} are text that")
+        arguments = from_json(arguments, f"the arguments of {what} are text that")
         if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"{what} must have a 'name' and 'arguments', an object or its JSON text")
         for fields in (call, function):
@@ -203,17 +202,17 @@ def _calls(turn: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
 
 def objects(value: Any, what: str) -> tuple[dict[str, Any], ...]:
     """Check a list of objects, or its JSON text."""
-    value = from_json(value, f"{what} must be a list of objects, found text that") if isinstance(value, str) else value
+    value = from_json(value, f"{what} must be a list of objects, found text that")
     if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
         raise RowError(f"{what} must be a list of objects or its JSON text")
     checked_text(json.dumps(value, ensure_ascii=False, default=str), what)
     return tuple(value)
 
 
-def from_json(text: str, what: str) -> Any:
-    """Read JSON that stands in a text; ``what`` begins the sentence of a `RowError` if it is none."""
+def from_json(value: Any, what: str) -> Any:
+    """Read a text as JSON, and leave other values as they are; ``what`` begins the sentence of a `RowError`."""
     try:
-        return json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise RowError(f"{what} is not JSON ({error})") from None
 
@@ -270,7 +269,7 @@ def filled(fields: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 
 def one_of(fields: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
     """The value under one of several names of one thing: the filled one, else an empty text, else None."""
-    if fields.keys().isdisjoint(names):
+    if fields.keys().isdisjoint(names):  # nearly always, and in a tenth of the time
         return None
     found = filled(fields, names)
     if any(fields[name] != fields[found[0]] for name in found[1:]):
@@ -282,6 +281,5 @@ def one_of(fields: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
 
 def refuse_unknown(fields: Mapping[str, Any], known: set[str], where: str) -> None:
     """Refuse filled keys that are neither known nor harmless."""
-    unknown = fields.keys() - known - HARMLESS
-    if unknown and (found := filled(fields, sorted(unknown))):
+    if found := filled(fields, sorted(fields.keys() - known - HARMLESS)):
         raise RowError(f"{where} has {named(found)}, which would be lost; if that changes nothing, use data.ignore")

@@ -61,8 +61,8 @@ def test_order_is_hugging_faces() -> None:
 
 def test_collating_by_hand() -> None:
     examples = [
-        (np.array([1, 2, 3, 4], np.int32), np.array([-100, -100, 3, 4], np.int32)),
-        (np.array([5, 6, 7], np.int32), np.array([5, -100, 7], np.int32)),  # a label at the first token is no target
+        Example(np.array([1, 2, 3, 4], np.int32), np.array([-100, -100, 3, 4], np.int32)),
+        Example(np.array([5, 6, 7], np.int32), np.array([5, -100, 7], np.int32)),  # the first label is no target
     ]
     batch = collate(examples, documents=[8, 9], rows=[80, 90])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
@@ -98,7 +98,7 @@ def test_collating_weights_and_a_conversation_of_two_documents_by_hand() -> None
 
 
 def test_moving_a_step_moves_its_tensors() -> None:
-    micro = collate([(np.array([1, 2], np.int32), np.array([-100, 2], np.int32))], [0], [0])
+    micro = collate([Example(np.array([1, 2], np.int32), np.array([-100, 2], np.int32))], [0], [0])
     step = move_data_to_device(StepBatch((micro,), rows=(0,), tokens=2, supervised_tokens=1), torch.device("meta"))
     assert isinstance(step, StepBatch)
     assert step.micro_batches[0].input_ids.is_meta

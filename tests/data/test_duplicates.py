@@ -19,12 +19,12 @@ from lightning_lab.data.sources import load_rows
 from tests.data.planted import MATCHES, PAIRS, ROWS, SPLITS, chat, words
 
 
-def as_rows(rows: Sequence[Any], fingerprint: str = "0") -> Rows:
-    return Rows([Part("data.jsonl", rows)], "data.jsonl", fingerprint, len(rows))
+def as_rows(rows: Sequence[Any], fingerprint: str = "0", **reading: RowFormat) -> Rows:
+    return Rows([Part("data.jsonl", rows)], "data.jsonl", fingerprint, len(rows), **reading)
 
 
 def find(rows: Sequence[Any], fingerprint: str | None = None) -> Duplicates:
-    return find_duplicates(as_rows(rows, fingerprint or repr(rows)), RowFormat(), progress=False)
+    return find_duplicates(as_rows(rows, fingerprint or repr(rows)), progress=False)
 
 
 def pairs(found: Duplicates) -> list[tuple[int, int]]:
@@ -127,7 +127,7 @@ def test_all_are_found_and_no_others(rows: list[Any]) -> None:
 
 def test_all_are_found_among_real_conversations() -> None:
     rows = load_rows("chitchat", 600)
-    found = find_duplicates(rows, RowFormat(), progress=False)
+    found = find_duplicates(rows, progress=False)
     assert pairs(found) == exhaustive(rows)
     assert pairs(found)
 
@@ -137,7 +137,7 @@ def test_figures_that_are_published() -> None:
     """Of chitchat's permutation by seed 3407 the last 403, and the first 3,213 to train; of the embedded data none."""
     rows = load_rows("chitchat")
     order = np.random.default_rng(3407).permutation(len(rows))
-    found = find_duplicates(rows, RowFormat(), progress=False)
+    found = find_duplicates(rows, progress=False)
     assert pairs(found) == exhaustive(rows)
     matches = found.matches(np.arange(len(rows)), order[-403:], order[:3213])
     assert {kind: len(of_kind) for kind, of_kind in matches.items()} == {
@@ -146,13 +146,13 @@ def test_figures_that_are_published() -> None:
         "same_question_other_answer": 10,
         "same_first_turn": 137,
     }
-    assert pairs(find_duplicates(load_rows("embedded"), RowFormat(), progress=False)) == []
+    assert pairs(find_duplicates(load_rows("embedded"), progress=False)) == []
 
 
 def test_a_text_that_all_share_does_not_cost_the_square_of_their_number(capsys: pytest.CaptureFixture[str]) -> None:
     shared = " ".join(words("shared", 60))
     rows = [chat(shared, " ".join(words(f"own{i}", 10))) for i in range(400)] + [chat("What?", "Nothing")]
-    found = find_duplicates(as_rows(rows), RowFormat())
+    found = find_duplicates(as_rows(rows))
     assert "\n400 rows share a text with over 50 others, compared with some only\n" in capsys.readouterr().err
     assert len(found.pairs) < 400 * 100 < 400 * 399 / 2
     assert set(found.pairs.ravel().tolist()) == set(range(400))
@@ -163,19 +163,19 @@ def test_a_text_that_all_share_does_not_cost_the_square_of_their_number(capsys: 
 
 
 def test_what_was_found_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    first = find_duplicates(as_rows(ROWS), RowFormat())
+    first = find_duplicates(as_rows(ROWS))
     assert capsys.readouterr().err == "looking for duplicates among 11 rows of data.jsonl\n"
     (path,) = folder.iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(module, "_compare", lambda *_: pytest.fail("compared again"))
-        again = find_duplicates(as_rows(ROWS), RowFormat())
+        again = find_duplicates(as_rows(ROWS))
     assert [values.tolist() for values in again] == [values.tolist() for values in first]
-    find_duplicates(as_rows(ROWS), RowFormat(ignore=("id",)), progress=False)
-    find_duplicates(as_rows(ROWS, "of other rows"), RowFormat(), progress=False)
+    find_duplicates(as_rows(ROWS, row_format=RowFormat(ignore=("id",))), progress=False)
+    find_duplicates(as_rows(ROWS, "of other rows"), progress=False)
     assert len(list(folder.iterdir())) == 3
     assert capsys.readouterr().err == ""
     path.write_bytes(path.read_bytes()[:-50])
-    again = find_duplicates(as_rows(ROWS), RowFormat())
+    again = find_duplicates(as_rows(ROWS))
     assert [values.tolist() for values in again] == [values.tolist() for values in first]
     assert f"warning: {path} is damaged; making it anew\n" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class Terminal(io.StringIO):
 
 def shown(data: ChatDataModule, file: io.StringIO | None = None, **options: Any) -> str:
     file = file or io.StringIO()
-    preview(data, file=file, **options)
+    with redirect_stdout(file):
+        preview(data, **options)
     return file.getvalue()
 
 
@@ -137,7 +139,8 @@ class TestCheck:
 
     def checked(self, data: ChatDataModule, **options: Any) -> str:
         file = io.StringIO()
-        check(data, file=file, **options)
+        with redirect_stdout(file):
+            check(data, **options)
         return file.getvalue()
 
     def test_counts_and_places(self, planted: ChatDataModule) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_lab.data.batching import collate
+from lightning_lab.data.batching import Example, collate
 from lightning_lab.training.evaluation import Evaluation, EvaluationSums
 
 
@@ -55,7 +55,7 @@ def add(
 ) -> None:
     """Add a micro-batch of some conversations."""
     sizes = [len(nll[d]) for d in documents]
-    examples = [(np.zeros(size + 1, np.int32), np.r_[-100, np.ones(size, np.int32)]) for size in sizes]
+    examples = [Example(np.zeros(size + 1, np.int32), np.r_[-100, np.ones(size, np.int32)]) for size in sizes]
     batch = collate(examples, documents, [rows[d] for d in documents])
     sums.add(batch, torch.cat([nll[d] for d in documents]), torch.cat([correct[d] for d in documents]))
 
@@ -88,7 +88,7 @@ def test_tokens_are_gathered_in_the_splits_order_and_kept_apart_with_their_rows(
 
 def test_one_conversation_is_still_a_list() -> None:
     sums = EvaluationSums()
-    batch = collate([(np.arange(3, dtype=np.int32), np.array([-100, 1, 2], np.int32))], [0], [9])
+    batch = collate([Example(np.arange(3, dtype=np.int32), np.array([-100, 1, 2], np.int32))], [0], [9])
     sums.add(batch, torch.tensor([1.0, 2.0]), torch.tensor([True, False]))
     result = sums.evaluation(world_size=1)
     assert result.loss == result.loss_hf == 1.5
