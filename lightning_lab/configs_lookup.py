@@ -1,5 +1,6 @@
 """Where a config's bare name leads."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from lightning_lab.errors import LabError
@@ -43,31 +44,31 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
         The arguments, and the files in order.
 
     """
-    resolved: list[str] = []
+    resolved = [*args]
     files: list[Path] = []
-    expects_value = False
-    for arg in args:
-        option, separator, value = arg.partition("=")
-        if expects_value or (option in ("--config", "-c") and separator):
-            files.append(find_config(arg if expects_value else value))
-            resolved.append(str(files[-1]) if expects_value else f"--config={files[-1]}")
-            expects_value = False
-        else:
-            expects_value = arg in ("--config", "-c")
-            resolved.append(arg)
-    for arg, following in zip(args, [*args, ""][1:], strict=True):
-        option, separator, value = arg.partition("=")
-        part = Path(value if separator else following)
-        if option in ("--model", "--data", "--trainer", "--sweep") and part.suffix in (".yaml", ".yml"):
-            read_yaml(part)  # of a key that is given twice the parser would take the last
+    for place, option, value in _options(args):
+        if option in ("--config", "-c"):
+            files.append(find_config(value))
+            if "=" in args[place]:
+                resolved[place] = f"--config={files[-1]}"
+            else:
+                resolved[place + 1] = str(files[-1])
+        elif option in ("--model", "--data", "--trainer", "--sweep") and Path(value).suffix in (".yaml", ".yml"):
+            read_yaml(Path(value))  # of a key that is given twice the parser would take the last
     return resolved, files
 
 
 def config_of_run(args: list[str]) -> Path | None:
     """The config that the run of ``--run_dir`` was trained with, if the arguments name one."""
-    for i, arg in enumerate(args):
+    configs = [Path(value).expanduser() / CONFIG for _, option, value in _options(args) if option == "--run_dir"]
+    return configs[0] if configs and configs[0].is_file() else None
+
+
+def _options(args: list[str]) -> Iterator[tuple[int, str, str]]:
+    """The place, name and value of each option that has one, joined to it by ``=`` or following it."""
+    for place, arg in enumerate(args):
         option, separator, value = arg.partition("=")
-        if option == "--run_dir":
-            config = Path(value if separator else " ".join(args[i + 1 : i + 2])).expanduser() / CONFIG
-            return config if config.is_file() else None
-    return None
+        if separator:
+            yield place, option, value
+        elif place + 1 < len(args):
+            yield place, option, args[place + 1]
