@@ -11,7 +11,6 @@ import math
 import os
 import re
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -160,17 +159,6 @@ def _numbered(folder: Path, name: str) -> list[tuple[int, Path]]:
 
 # --- one process a run ----------------------------------------------------------------------------------------------
 
-_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
-
-
-def _let_go() -> None:
-    """In a forked child, such as a data loader's worker: a lock must not outlive the run itself."""
-    for file in list(_held):
-        file.close()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
 
 def lock_run(run_dir: Path) -> IO[str]:
     """Hold a run for as long as the returned file is open and this process lives, which tells reports that it runs.
@@ -192,7 +180,7 @@ def lock_run(run_dir: Path) -> IO[str]:
     else:
         file.close()
         raise LabError(f"{run_dir}: another process is training this run; wait for it, or stop it first")
-    _held.add(file)
+    os.register_at_fork(after_in_child=file.close)  # in a data loader's worker the lock would outlive the run itself
     return file
 
 
