@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_lab.errors import LabError
-from lightning_lab.files import cut
+from lightning_lab.files import cut, sha256
 
 if TYPE_CHECKING:
     import datasets
@@ -229,8 +229,7 @@ def _converted(gguf: Path) -> Path:
 @lru_cache
 def _sha256(path: Path, mtime_ns: int) -> str:
     """Hash a file, once a process as long as its time stays the same (0.2 s for the embedded 98 MB)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
