@@ -116,7 +116,7 @@ class LabCLI(LightningCLI):
             parser.add_argument("--limit", type=NonNegativeInt, default=3, help="How many conversations to show.")
         parser.add_class_arguments(RunSettings)
         skip: set[str | int] = {"run_dir", "name", "config", "command", "predictions"}
-        parser.add_function_arguments(run_directory, as_group=False, skip=skip)
+        self.directory_keys = parser.add_function_arguments(run_directory, as_group=False, skip=skip)
         if self.command == "predict":
             parser.add_argument("--output", type=str | None, help="File; null for one in the run directory.")
 
@@ -213,10 +213,7 @@ class LabCLI(LightningCLI):
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         callbacks += run_directory(
             run_dir,
-            checkpoint_every_steps=settings.checkpoint_every_steps,
-            train_loss_window=settings.train_loss_window,
-            samples=settings.samples,
-            sample_tokens=settings.sample_tokens,
+            **{key: settings[key] for key in self.directory_keys},
             name=self.name,
             config=yaml.safe_load(self.config_text()),
             command=["python", "-m", "lightning_lab", self.command, *self.arguments],
@@ -232,13 +229,11 @@ class LabCLI(LightningCLI):
             given,
             callbacks=callbacks,
             logger=given.logger if given.logger not in (None, True) else default_logger,
-            enable_checkpointing=True,
             val_check_interval=settings.val_every_steps,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=given.num_sanity_val_steps or 0,
             enable_progress_bar=given.enable_progress_bar is not False,
             enable_model_summary=bool(given.enable_model_summary),
-            use_distributed_sampler=False,
             log_every_n_steps=given.log_every_n_steps or 1,
             default_root_dir=str(run_dir),
         )
@@ -250,8 +245,8 @@ class LabCLI(LightningCLI):
         accelerator = given.accelerator
         if accelerator == "auto":  # bitsandbytes and the paths here have been tried on nothing else
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-        around = {"enable_checkpointing": False, "use_distributed_sampler": False, "accelerator": accelerator}
-        trainer = pl.Trainer(**{**vars(given), **around, **settings})
+        own = {"use_distributed_sampler": False, "accelerator": accelerator}
+        trainer = pl.Trainer(**{**vars(given), **own, **settings})
         refusals.refuse_trainer(trainer, training=self.command in ("fit", *WITHOUT_TRAINER))
         return trainer
 
