@@ -22,7 +22,6 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from safetensors import SafetensorError
 from typing_extensions import override
@@ -89,16 +88,10 @@ class Checkpoints(Checkpoint):
         due = time.monotonic() - self._saved_at >= SAVE_SECONDS
         if self.every_steps:
             due = pl_module.completed_steps % self.every_steps == 0
-        stop, due = self._on_any(self._received is not None, due)
-        if stop or due or pl_module.validation_due:
+        due = due or self._received is not None
+        # one message and one read a step, on several processes alone
+        if pl_module.validation_due or trainer.strategy.reduce_boolean_decision(due, all=False):
             self._save(trainer)
-        if stop:
-            self._leave()
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._received is not None and self._nothing_unsaved:  # it came while this process saved
-            self._leave()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
@@ -113,8 +106,6 @@ class Checkpoints(Checkpoint):
                 self._export_best(pl_module)
             trainer.save_checkpoint(self.directory / "best.ckpt")
         self._save(trainer)
-        if any(self._on_any(self._received is not None)):
-            self._leave()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -142,17 +133,12 @@ class Checkpoints(Checkpoint):
     # -- saving --------------------------------------------------------------------------------------------------
 
     def _save(self, trainer: pl.Trainer) -> None:
+        """Write ``last.ckpt``; leave if a signal has come to any process, also while it was written."""
         self._nothing_unsaved = False
         trainer.save_checkpoint(self.directory / "last.ckpt")
         self._saved_at, self._nothing_unsaved = time.monotonic(), True
-
-    def _on_any(self, *decisions: bool) -> list[bool]:
-        """Which of the decisions any process has taken: one message and one read a step, on several processes alone."""
-        strategy = self._trainer.strategy
-        if self._trainer.world_size == 1:
-            return list(decisions)
-        flags = torch.tensor(decisions, dtype=torch.int32, device=strategy.root_device)
-        return [bool(flag) for flag in strategy.reduce(flags, reduce_op="max").tolist()]
+        if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+            self._leave()
 
     def _export_best(self, module: QLoRAModule) -> None:
         """Write ``best/``, an adapter that plain PEFT loads, with checksums; swapped in whole."""
