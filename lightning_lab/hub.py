@@ -33,8 +33,7 @@ def cache_dir() -> Path:
 
     Everything in it can be deleted at any time and is made again when it is needed.
     """
-    configured = os.environ.get("LIGHTNING_LAB_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "lightning_lab"
+    return Path(os.environ.get("LIGHTNING_LAB_CACHE") or "~/.cache/lightning_lab").expanduser()
 
 
 def package_file(package: str, file: str, version: str) -> Path:

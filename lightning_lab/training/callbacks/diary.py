@@ -96,8 +96,8 @@ def join_base(run_dir: Path, record: Mapping[str, Any]) -> None:
 
 def _known_by(record: Mapping[str, Any]) -> list[Any]:
     """What the results of the same conversations and tokens have in common."""
-    weighted = {f"settings.{rundir.WEIGHTED}": rundir.is_weighted(record)}  # which older ones do not have
-    settings = files.flatten({"settings": record.get("settings")}) | weighted
+    # older ones do not say whether they are weighted
+    settings = {**(record.get("settings") or {}), rundir.WEIGHTED: rundir.is_weighted(record)}
     return [record.get("contents"), record.get("data_fingerprint"), settings]
 
 

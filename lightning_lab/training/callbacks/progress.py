@@ -22,10 +22,7 @@ class PlainProgress(ProgressBar):
     Tokens/s are real tokens, without padding.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._began = self._shown = 0.0
-        self._first_step = 0
+    _shown = 0.0  # time.monotonic() of the last line
 
     @override
     def disable(self) -> None:
