@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -48,7 +48,7 @@ class RunRecord(pl.Callback):
         self.name = name
         self.config = config
         self.command = list(command)
-        self._lock: IO[str] | None = None
+        self._held = ExitStack()  # the run's lock
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: QLoRAModule) -> None:  # type: ignore[override]
@@ -69,7 +69,7 @@ class RunRecord(pl.Callback):
             )
         # not earlier: a run that fails before it trains leaves nothing
         files.make_directory(checkpoints)
-        self._lock = rundir.lock_run(run_dir)
+        self._held.enter_context(rundir.lock_run(run_dir))
         for leftover in [*run_dir.glob(".*.tmp"), *checkpoints.glob(".*.tmp")]:  # of a run killed while it wrote
             if leftover.is_file():
                 leftover.unlink()
@@ -154,9 +154,7 @@ class RunRecord(pl.Callback):
 
     @override
     def teardown(self, *args: Any, **options: Any) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._held.close()
 
     on_exception = teardown  # Lightning calls no teardown then: else a notebook's next fit would find the run locked
 
