@@ -1,7 +1,5 @@
 """Commands run one after another in processes of their own: what they say, how they fail, which signals stop them."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

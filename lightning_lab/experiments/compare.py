@@ -12,8 +12,6 @@ losses differ as well; whether a *setting* is better takes several seeds. Nor do
 that was chosen on the same split: choose on validation, compare on test.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

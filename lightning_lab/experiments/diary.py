@@ -1,7 +1,5 @@
 """The row diary: on which conversations a run is worst, and which its adapter improved and harmed most."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property

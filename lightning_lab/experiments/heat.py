@@ -1,7 +1,5 @@
 """The diary's conversations as HTML: their texts, each token on a background that says what it loses."""
 
-from __future__ import annotations
-
 import html
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence

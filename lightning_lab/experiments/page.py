@@ -1,7 +1,5 @@
 """A report's Markdown as one HTML file that loads nothing."""
 
-from __future__ import annotations
-
 import base64
 import html
 from pathlib import Path

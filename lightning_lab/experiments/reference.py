@@ -1,7 +1,5 @@
 """The lab's published numbers, and how to lay others beside them, like with like."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -13,8 +13,6 @@ beside `test --ckpt_path base` those that were improved and harmed most; report.
 exit status: 0; 2 where a run is damaged (the others are still reported) or nothing could be read
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

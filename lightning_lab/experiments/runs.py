@@ -3,8 +3,6 @@
 Nothing of training is imported: a directory that another machine or an older version wrote reads the same.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A summary of runs as Markdown: what is shown, and with how many digits."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -6,8 +6,6 @@ late, still says of the first cannot touch the second. Workers may queue one run
 that follow a failed one, the first counts.
 """
 
-from __future__ import annotations
-
 import random
 import time
 import warnings

@@ -1,7 +1,5 @@
 """What follows from runs: their order, what makes it doubtful, comparisons, means over seeds."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter

@@ -4,8 +4,6 @@ A run of the sweep is an ordinary run directory, trained by ``fit`` in a process
 whom, is in Optuna's storage; an interrupted run continues from its checkpoint with the same values.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import shutil
