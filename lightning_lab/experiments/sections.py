@@ -100,11 +100,8 @@ def _states(summary: Summary) -> str:
 
 
 def _loss_tables(runs: Sequence[Run]) -> list[Block]:
-    tables = {}
-    for run in runs:
-        base = base_loss(run.path)
-        if run.losses or base is not None:
-            tables[run.name] = lab_table(run.losses, base)
+    found = [(run.name, lab_table(run.losses, base_loss(run.path))) for run in runs]
+    tables = {name: table for name, table in found if table.rows}
     if not tables:
         return ["No run has a validation yet."]
     blocks: list[Block] = [
