@@ -281,7 +281,7 @@ class Sweep:
                 shutil.rmtree(run_dir)
             report("continues" if "--ckpt_path=last" in command else "begins")
             try:
-                return self.commands.run(command, self._log(name), report)
+                return self.commands.run(command, self.directory / LOGS / f"{name}.log", report)
             except LabError:
                 if not is_locked(run_dir):  # else by such a process that was still loading
                     raise
@@ -290,10 +290,7 @@ class Sweep:
         run_dir = self.directory / TRIALS / name
         if not (run_dir / "test_examples.csv").is_file():  # which comes after test.json
             command = ["test", f"--run_dir={run_dir}", "--ckpt_path=best"]
-            self.commands.run(command, self._log(name), partial(self._say, name))
-
-    def _log(self, name: str) -> Path:
-        return self.directory / LOGS / f"{name}.log"
+            self.commands.run(command, self.directory / LOGS / f"{name}.log", partial(self._say, name))
 
     def _say(self, name: str, text: str) -> None:
         say(f"[{[*self.runs].index(name) + 1}/{len(self.runs)} {name}] {text}")
