@@ -62,8 +62,8 @@ class QLoRAModule(Lifecycle):
             results to rounding. 8-bit bases, DoRA and training with dropout always take PEFT's own layers.
         cache_dequantised: Keep the 4-bit base dequantised in the compute dtype beside it: the same results without
             dequantising in every pass, for the memory of a 16-bit base.
-        compile: Compile each decoder layer with ``torch.compile``, once for all lengths, in a minute or two at first use.
-            Same results to rounding. ``auto``: on a GPU, in runs of 50 steps and more.
+        compile: Compile each decoder layer with ``torch.compile``, once for all lengths, in a minute or two. Same
+            results to rounding. ``auto``: on a GPU, in runs of 50 steps and more.
         hf_eval_batch_size: Conversations in the batches whose means ``val_loss_hf`` and ``test_loss_hf`` average.
         weighted_eval: Weigh tokens of ``val_loss`` and ``test_loss`` by their answer's ``weight``, as training does.
         max_new_tokens: Longest answer that `predict` writes.
