@@ -134,7 +134,7 @@ def parse_prompt(row: Mapping[str, Any] | RowError, row_format: RowFormat = BY_K
 def unread_keys(row: Mapping[str, Any], row_format: RowFormat) -> set[str]:
     """Filled keys of a row and of its turns that are left out: the harmless and the ignored ones."""
     said = [turn for key in _TURNS if isinstance(row.get(key), list) for turn in row[key] if isinstance(turn, Mapping)]
-    return {key for part in (row, *said) for key in turns.filled(part, part.keys() & HARMLESS.union(row_format.ignore))}
+    return {key for part in (row, *said) for key in turns.filled(part, part.keys() & row_format.unread)}
 
 
 def _parse(row: Mapping[str, Any] | RowError, row_format: RowFormat) -> Conversation:

@@ -95,30 +95,29 @@ def find(paths: Sequence[Path]) -> tuple[list[Run], list[str], list[dict[str, An
         return None
 
     directories: dict[Path, Path] = {}
-    trials: list[dict[str, Any]] = []
+    trials: dict[Path, dict[str, Any]] = {}
     runs: list[Run] = []
     for path in paths:
         for directory in attempt(run_directories, path) or []:
             directories.setdefault(directory.resolve(), directory)
         for sweep in (path, *sorted(path.glob("*"))):
             if (sweep / SWEEP_FILE).is_file():
-                trials += attempt(read_sweep, sweep) or []
-    states = {trial["run"].resolve(): trial["state"] for trial in trials}
+                trials |= {trial["run"].resolve(): trial for trial in attempt(read_sweep, sweep) or []}
     for resolved, directory in directories.items():
-        state = states.get(resolved)
+        state = trials.get(resolved, {}).get("state")
         run = attempt(Run, directory)
         if run and not (run.state == "empty" and state in ("waiting", "failed")):
             runs.append(run)
             if state in ("failed", "pruned"):  # of which the run knows nothing
                 run.described_state = f"{state}: {run.described_state}"
-    if paths and not runs and not any(trial["state"] == "failed" for trial in trials):
+    if paths and not runs and not any(trial["state"] == "failed" for trial in trials.values()):
         raise LabError("; ".join(damaged) or f"{', '.join(map(str, paths))}: no run has begun yet")
     runs.sort(key=lambda run: run.best["val_loss"] if run.best else math.inf)
     names = Counter(run.name for run in runs)
     for run in runs:
         if names[run.name] > 1:
             run.name = str(run.path)
-    return runs, damaged, trials
+    return runs, damaged, list(trials.values())
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
@@ -148,6 +147,8 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 def over_seeds(runs: Sequence[Run], settings: Sequence[str]) -> list[dict[str, Any]]:
     """Finished runs that differ in the seed alone: mean and sample standard deviation (n - 1) of their losses.
 
+    Of several runs with one seed, which are repeats of one, the first by name counts.
+
     Args:
         runs: All runs.
         settings: Config keys, without the seed's, in which the runs differ.
@@ -156,12 +157,14 @@ def over_seeds(runs: Sequence[Run], settings: Sequence[str]) -> list[dict[str, A
         Nothing where no setting has two seeds. A deviation is None where a group has fewer.
 
     """
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, dict[Any, Run]] = {}
     for run in runs:
         if run.state == "finished" and run.config and run.best:
-            groups.setdefault(repr([run.config.get(key) for key in settings]), []).append(run)
+            of_seed = groups.setdefault(repr([run.config.get(key) for key in settings]), {})
+            seed = run.config.get(SEED)
+            of_seed[seed] = min(run, of_seed.get(seed, run), key=lambda each: each.name)
     found: list[dict[str, Any]] = []
-    for group in groups.values():
+    for group in (list(of_seed.values()) for of_seed in groups.values()):
         validation = [run.best["val_loss"] for run in group if run.best]
         tested = [run.evaluations["test"]["test_loss"] for run in group if "test" in run.evaluations]
         test = [loss for loss in tested if math.isfinite(loss)]

@@ -253,7 +253,8 @@ class Lifecycle(pl.LightningModule):
         state, data = resume.own_part(checkpoint), self.chat_data
         command = self._attached.state.fn if self._attached else None
         if command == "fit":  # whatever would fit now: with dropout the cut into micro-batches is a part of the result
-            put(self, data, {key: state["chosen"][key] for key in self._auto})
+            resume.check_version(state)
+            put(self, data, {key: state["chosen"][key] for key in self._auto if key in state["chosen"]})
             enable_checkpointing(self.peft_model, self.checkpointing)
         now = flatten({"model": self.hparams, "data": data.hparams if data else {}}) | self._facts
         # another split of the same source may be asked for where what was trained on is known by its contents

@@ -19,7 +19,10 @@ from lightning_lab.data.tokenized import changed_rows
 from lightning_lab.errors import LabError
 from lightning_lab.files import flatten, write_whole
 
-VERSION = 2  # of the checkpoint's own part; raised when a reader must know
+# Of the checkpoint's own part; raised when a reader must know. Version 2 had optimizer state tensor by tensor: such a
+# checkpoint can be evaluated, not continued.
+VERSION = 3
+READABLE = (2, 3)
 KEY = "lightning_lab"
 
 # What an adapter's values mean something under; its shapes alone would not tell another alpha.
@@ -248,9 +251,24 @@ def own_part(checkpoint: Any, name: object = "the checkpoint") -> dict[str, Any]
     state = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise LabError(f"{name}: is not a checkpoint of this program")
-    if state.get("version") != VERSION:
+    if state.get("version") not in READABLE:
         raise LabError(
             f"{name}: was saved by another version of this program (format {state.get('version')}, this one reads "
-            f"{VERSION}); evaluate it with the version that wrote it"
+            f"{' and '.join(map(str, READABLE))}); evaluate it with the version that wrote it"
         )
     return state
+
+
+def check_version(state: Mapping[str, Any]) -> None:
+    """See that a run can be continued, of whose checkpoint `own_part` has been read.
+
+    Raises:
+        LabError: It was saved by a version that keeps the optimizer's state in another form.
+
+    """
+    if state["version"] != VERSION:
+        raise LabError(
+            f"the checkpoint was saved by an earlier version of this program (format {state['version']}), whose "
+            "optimizer state this one cannot continue: finish the run with that version, or begin one from its adapter "
+            "(model.adapter: the run's checkpoints/best)"
+        )

@@ -191,6 +191,8 @@ def test_the_user_may_know_better() -> None:
     assert parse_conversation(row, row_format).messages == SAID
     assert unread_keys(row, row_format) == {"mask", "chosen", "score"}
     assert unread_keys({"conversations": ["a?", "b."], "source": "x"}, RowFormat()) == {"source"}
+    renamed = RowFormat(columns={"prompt": "topic", "completion": "answer"})
+    assert unread_keys({"topic": "Why?", "answer": "So.", "source": "x"}, renamed) == {"source"}
     assert parse(answer(content=""), empty_answers="keep")[1] == Message("assistant", "")
 
 

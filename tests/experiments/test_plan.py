@@ -105,4 +105,4 @@ def test_nothing_is_shown_for_nothing() -> None:
     assert planned["peak memory"] == {name: size for name, size in peak.items() if size}
     # a GPU's memory holds no program, and a base that is not quantised no scales
     assert not {"program", "quantisation_state", "heap_holes"} & planned["peak memory"].keys()
-    assert list(planned["peak memory by checkpointing"]) == ["none", "selective", "full", "offload"]
+    assert list(planned["peak memory by checkpointing"]) == ["none", "full", "offload"]

@@ -50,6 +50,17 @@ class TestSeeds:
             ["model.lr 0.0001", "3407", "1", "0.600000", "–", "0", "–", "–"],
         ]
 
+    def test_a_repeated_run_is_no_second_seed(self, tmp_path: Path, report: Any) -> None:
+        runs = tmp_path / "runs"
+        for name, seed, loss in (("a", 1, 0.5), ("b", 1, 0.51), ("c", 1, 0.49)):
+            write_run(
+                runs / name, [validation_row(1500, loss)], total=1500, seed_everything=seed, run_dir=f"runs/{name}"
+            )
+        assert "Over seeds" not in report(runs).out
+        write_run(runs / "d", [validation_row(1500, 0.7)], total=1500, seed_everything=2, run_dir="runs/d")
+        (row,) = report(runs).table("Over seeds")[1]
+        assert row[:5] == ["all the same", "1, 2", "2", "0.600000", f"{0.2 / math.sqrt(2):.6f}"]
+
     def test_no_section_without_seeds(self, lab: Path, report: Any) -> None:
         assert "Over seeds" not in report(lab).out
 
@@ -99,6 +110,11 @@ class TestSweep:
         assert {path.name for path in sweep.iterdir()} == {
             *("trials", "sweep.json", "report.md", "report.html", "losses.png")
         }
+
+    def test_a_sweep_that_is_named_twice_is_one(self, sweep: Path, report: Any) -> None:
+        output = report(sweep, sweep.parent)
+        assert "* trials of sweeps: 1 complete, 1 pruned, 1 failed, 1 waiting\n" in output.out
+        assert output.out.count("r64 failed") == 1
 
     def test_all_trials_failed(self, tmp_path: Path, report: Any) -> None:
         (tmp_path / "trials").mkdir()

@@ -1,6 +1,7 @@
 """Predicted memory against what real models hold: parameters, bytes of weights, and what autograd keeps."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -250,9 +251,12 @@ def test_what_pefts_layers_train_is_counted_as_theirs(changes: dict[str, Any]) -
 # --- auto ---
 
 
-def chosen(available: int, device: torch.device = GPU, budget: int | None = None, **changes: Any) -> tuple[str, int]:
-    options: dict[str, Any] = dict(max_length=2048, batch_size=8, micro_batch_tokens=budget)
-    return choose(llama_3_2("1B"), settings(**({"checkpointing": "auto"} | changes)), device, available, **options)
+def chosen(available: int, device: torch.device = GPU, budget: int | None = None, **changes: Any) -> tuple[Any, ...]:
+    """Checkpointing and micro-batch, and whether layers are compiled where that is chosen too."""
+    options: dict[str, Any] = dict(max_length=2048, batch_size=8, micro_batch_tokens=budget, may_compile=True)
+    asked = settings(**({"checkpointing": "auto"} | changes))
+    found = choose(llama_3_2("1B"), asked, device, available, **options)
+    return tuple(found) if asked.compile == "auto" else tuple(found)[:2]
 
 
 def enough(mode: str, tokens: int, **changes: Any) -> int:
@@ -265,16 +269,28 @@ def test_auto_takes_the_mode_that_recomputes_least_and_fits_and_then_the_most_to
     assert chosen(2**40) == ("none", 16_384)  # a whole step: 8 conversations of 2,048 tokens
     assert chosen(enough("none", 4096)) == ("none", 4096)
     assert chosen(enough("none", 4096) - 2) == ("none", 2048)
-    assert chosen(enough("none", 2048) - 2)[0] == "selective"
-    assert chosen(enough("selective", 2048) - 2)[0] == "full"
+    assert chosen(enough("none", 2048) - 2)[0] == "full"  # `selective` is slower where layers are not compiled
     assert chosen(enough("full", 2048) - 2)[0] == "offload"
     with pytest.raises(LabError, match=r"MiB are needed .* MiB available .*lower data\.max_length"):
         chosen(enough("offload", 2048) - 2)
 
 
+def test_auto_compiles_where_it_may_unless_that_leaves_nothing_that_fits() -> None:
+    both = partial(chosen, compile="auto")
+    assert both(2**40) == ("none", 16_384, True)
+    assert both(enough("none", 2048, compile=True) - 2)[::2] == ("selective", True)
+    assert both(enough("selective", 2048, compile=True) - 2)[::2] == ("full", True)
+    assert both(2**40, checkpointing="offload")[::2] == ("offload", False)  # which is never compiled
+    options: dict[str, Any] = dict(max_length=32_768, batch_size=1)
+    asked = settings(checkpointing="auto", compile="auto")
+    little = enough("full", 32_768, compile=True) - 2
+    assert choose(llama_3_2("1B"), asked, GPU, little, may_compile=True, **options)[::2] == ("offload", False)
+    assert not choose(llama_3_2("1B"), asked, GPU, 2**40, **options).compile
+
+
 def test_auto_leaves_what_was_given() -> None:
     assert chosen(2**40, budget=1000) == ("none", 1000)
-    assert chosen(enough("none", 8192) - 2, budget=8192) == ("selective", 8192)
+    assert chosen(enough("none", 8192) - 2, budget=8192) == ("full", 8192)
     assert chosen(enough("full", 8192), checkpointing="full") == ("full", 8192)
     with pytest.raises(LabError, match="checkpointing none"):
         chosen(enough("none", 2048) - 2, checkpointing="none")

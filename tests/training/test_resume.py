@@ -10,7 +10,7 @@ import torch
 
 from lightning_lab.__main__ import main
 from lightning_lab.errors import LabError
-from lightning_lab.training.resume import CheckpointFile, read_checkpoint
+from lightning_lab.training.resume import CheckpointFile, check_version, own_part, read_checkpoint
 from tests.training.conftest import checkpoint_file
 
 
@@ -87,8 +87,18 @@ class TestReading:
         checkpoint = read_checkpoint(checkpoint_file(finished / "whole", "last"))
         checkpoint["lightning_lab"]["version"] = 99
         torch.save(checkpoint, tmp_path / "x.ckpt")
-        with pytest.raises(LabError, match=r"x\.ckpt: was saved by another version .* \(format 99, this one reads 2\)"):
+        with pytest.raises(
+            LabError, match=r"x\.ckpt: was saved by another version .* \(format 99, this one reads 2 and 3\)"
+        ):
             read_checkpoint(tmp_path / "x.ckpt")
+
+    def test_the_version_before_can_be_evaluated_but_not_continued(self, finished: Path, tmp_path: Path) -> None:
+        checkpoint = read_checkpoint(checkpoint_file(finished / "whole", "last"))
+        checkpoint["lightning_lab"]["version"] = 2
+        torch.save(checkpoint, tmp_path / "x.ckpt")
+        state = own_part(read_checkpoint(tmp_path / "x.ckpt"))
+        with pytest.raises(LabError, match=r"format 2.*optimizer state.*model\.adapter"):
+            check_version(state)
 
     def test_it_never_passes_through_tmpdir(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TMPDIR", "/nonexistent")
