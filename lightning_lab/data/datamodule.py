@@ -271,7 +271,7 @@ class ChatDataModule(pl.LightningDataModule):
 
     @override
     def train_dataloader(self) -> StepLoader:
-        options = {"collate_fn": partial(self.step_batch, **self._process()), **loading_options(self.num_workers)}
+        options = loading_options(partial(self.step_batch, **self._process()), self.trainer, self.num_workers)
         return StepLoader(self._unlimited_steps, self.steps_per_epoch, self._steps_done, options)
 
     def _steps_done(self) -> int:
@@ -307,9 +307,8 @@ class ChatDataModule(pl.LightningDataModule):
     def _eval_loader(self, stage: str) -> DataLoader:
         split = self.split_for(stage)
         bins: Any = self.micro_batches(split, **self._process())
-        return DataLoader(
-            bins, collate_fn=partial(self._micro_batch, self.splits[split]), **loading_options(self.num_workers)
-        )
+        collate = partial(self._micro_batch, self.splits[split])
+        return DataLoader(bins, **loading_options(collate, self.trainer, self.num_workers))
 
     def _micro_batch(
         self, split: SplitData, conversations: Sequence[int], factors: Sequence[float] | None = None
@@ -340,7 +339,7 @@ class ChatDataModule(pl.LightningDataModule):
     @override
     def predict_dataloader(self) -> DataLoader:
         prompts: Any = self.own_prompts if self.predict_source else self.first_prompts(self.split_for("predict"), None)
-        return DataLoader(prompts, collate_fn=self.prompt_batch, **loading_options(0, batch_size=PREDICT_BATCH_SIZE))
+        return DataLoader(prompts, **loading_options(self.prompt_batch, self.trainer, 0, PREDICT_BATCH_SIZE))
 
     @cached_property
     def own_prompts(self) -> list[Prompt]:

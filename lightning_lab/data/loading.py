@@ -15,13 +15,17 @@ from lightning_lab.data.batching import StepBatch
 from lightning_lab.errors import LabError
 
 
-def loading_options(workers: int, batch_size: int | None = None) -> dict[str, Any]:
+def loading_options(
+    collate: Callable[..., Any], trainer: pl.Trainer | None, workers: int, batch_size: int | None = None
+) -> dict[str, Any]:
     """Arguments of every DataLoader. Without a ``batch_size`` an item is a whole batch already."""
+    on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
     return {
+        "collate_fn": collate,
         "batch_size": batch_size,
         "num_workers": workers,
         "worker_init_fn": outlive_signals,
-        "pin_memory": torch.cuda.is_available(),
+        "pin_memory": on_gpu,
         "generator": torch.Generator(),  # else each iterator draws from the RNG that dropout uses
     }
 

@@ -95,7 +95,7 @@ def peak_parts(
     fused = uses_fused_linear(settings)
     kept = 0
     if training:
-        kept = tokens * _kept_of_a_token(config, settings, c, checkpointing or settings.checkpointing)
+        kept = tokens * _kept_of_a_token(config, settings, c, checkpointing or settings.checkpointing, on_cpu)
         layer = tokens * c * (3 * inner + 2 * hidden)  # gradients of three inner tensors and of two hidden ones
     else:  # the residual, a norm's float32 copy and its result; gate, silu(gate), up and their product
         layer = tokens * (c * (2 * hidden + 4 * inner) + 4 * hidden)
@@ -141,7 +141,7 @@ def peak_parts(
     }
 
 
-def _kept_of_a_token(config: LlamaConfig, settings: Any, c: int, checkpointing: str) -> int:
+def _kept_of_a_token(config: LlamaConfig, settings: Any, c: int, checkpointing: str, on_cpu: bool) -> int:
     """Bytes for each token that wait for the backward pass, or are made again in it, at their most."""
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     shapes = linear_shapes(config)
@@ -156,15 +156,18 @@ def _kept_of_a_token(config: LlamaConfig, settings: Any, c: int, checkpointing: 
     else:
         # The float32 input of both norms, what they give to the linears, gate, silu(gate), up and their product.
         layer += 2 * 4 * hidden + c * (2 * hidden + 4 * inner)
+    # On a GPU bitsandbytes' 8-bit product holds its 16-bit input outside autograd: no checkpoint frees it.
+    held = c * (2 * hidden + width + inner) if settings.bits == 8 and not on_cpu else 0
     if not uses_fused_linear(settings) and c == 2:  # PEFT's own layers each keep a float32 copy of their input instead
-        layer += sum(4 * shapes[name][0] + 2 * settings.r for name in targets) - c * (2 * hidden + inner)
+        layer += sum(4 * shapes[name][0] + 2 * settings.r for name in targets)
+        layer -= 0 if held else c * (2 * hidden + inner)
     # Beside the layer at hand, which a checkpoint makes again: the other layers; or each layer's input, of which
     # offload has one at a time in device memory.
     others = {
         "none": (layers - 1) * layer,
-        "selective": layers * (c * hidden + result),
-        "full": layers * c * hidden,
-        "offload": c * hidden,
+        "selective": layers * (c * hidden + result + held),
+        "full": layers * (c * hidden + held),
+        "offload": c * hidden + layers * held,
     }
     return others[checkpointing] + layer + 4 * hidden  # and the last norm's float32 input
 

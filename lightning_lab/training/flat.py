@@ -34,10 +34,17 @@ class FlatWeights:
         self._gathered: Tensor | None = None
         self._whole = nn.Parameter(self.weights[0].new_zeros(sum(self._sizes)))
         self.parameters = [self._whole, *self._small] if self._large else self._small
-        self.lay_out()
+        self._lay_out()
+
+    def begin_step(self) -> None:
+        """Let go of the gradients of the step before, and see that the weights are where the optimizer finds them."""
+        self._gathered = None
+        for weight in (self._whole, *self.weights):
+            weight.grad = None
+        self._lay_out()
 
     @torch.no_grad()
-    def lay_out(self) -> None:
+    def _lay_out(self) -> None:
         """Put each large weight into the whole unless it lies there: what replaces a weight's data takes it out."""
         for weight, view in zip(self._large, self._whole.detach().split(self._sizes)[::2], strict=True):
             if weight.data_ptr() != view.data_ptr():
@@ -72,9 +79,3 @@ class FlatWeights:
         """Multiply what was gathered."""
         assert self._gathered is not None
         self._gathered.mul_(factor)
-
-    def clear_gradients(self) -> None:
-        """Let go of all gradients."""
-        self._gathered = None
-        for weight in (self._whole, *self.weights):
-            weight.grad = None

@@ -157,8 +157,7 @@ class QLoRAModule(Lifecycle):
         """
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(scheduler, LRScheduler)
-        self._adapters.lay_out()
-        self._adapters.clear_gradients()
+        self._adapters.begin_step()
         self.refresh_adapters()
         learning_rate = float(scheduler.get_last_lr()[0])
 
@@ -191,6 +190,7 @@ class QLoRAModule(Lifecycle):
                 nll = supervised_nll_sum(hidden, self.head, targets, gradient_scale, self.settings.compile, weights)
                 self.manual_backward(nll)
                 total += nll.detach()
+                del hidden, nll  # the graph: its 8-bit layers hold their inputs
         return total
 
     def last_hidden_state(self, batch: MicroBatch) -> Tensor:

@@ -196,6 +196,13 @@ def test_the_heap_of_a_cpu() -> None:
     assert peak_parts(config, settings(bits=16), CPU, 2048, 700)["left_by_quantising"] == 0
 
 
+@pytest.mark.parametrize(("mode", "counted"), [("full", 4545), ("none", 13_400)])
+def test_what_an_8_bit_base_holds_on_a_gpu(mode: str, counted: int) -> None:
+    """Allocated MiB at the peak of a step of Llama-3.2-1B, r 32, as counted on a GPU that does not compute."""
+    eight = settings(bits=8, r=32, checkpointing=mode)
+    assert total(peak_parts(llama_3_2("1B"), eight, GPU, 4096, 2062)) / MIB == pytest.approx(counted, rel=0.05)
+
+
 def test_the_peaks_measured_on_a_cpu() -> None:
     """Of whole runs of SmolLM2 with r 32, as ``benchmarks/plan.py`` recorded them."""
     results = Path(__file__).parents[2] / "benchmarks" / "results" / "plan" / "avx512.json"

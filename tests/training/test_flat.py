@@ -27,7 +27,7 @@ def give_gradients(weights: list[nn.Parameter], step: int) -> None:
 
 
 def flat_step(flat: FlatWeights, optimizer: torch.optim.Optimizer, step: int) -> None:
-    flat.clear_gradients()
+    flat.begin_step()
     give_gradients(flat.weights, step)
     flat.gather_gradients(torch.zeros(()))
     optimizer.step()
@@ -86,7 +86,7 @@ def test_one_message_holds_all_gradients_and_the_scalar() -> None:
         assert weight.grad is not None
         assert torch.equal(weight.grad, 2 * gradient)
     assert all(parameter.grad is not None for parameter in flat.parameters)
-    flat.clear_gradients()
+    flat.begin_step()
     assert all(each.grad is None for each in (*weights, *flat.parameters))
 
 
@@ -102,7 +102,7 @@ def test_a_weight_whose_data_was_replaced_is_trained_all_the_same() -> None:
     optimizer = AdamW8bitAsync(flat.parameters, **KEYS)
     replaced = torch.full_like(flat.weights[0], 3.0)
     flat.weights[0].data = replaced
-    flat.lay_out()
+    flat.begin_step()
     assert torch.equal(flat.weights[0], replaced)
     flat_step(flat, optimizer, 0)
     assert not torch.equal(flat.weights[0], replaced)
