@@ -74,11 +74,14 @@ def visited(step: int) -> list[int]:
     return order[4 * within : 4 * within + 4]
 
 
+ON_CPU = SimpleNamespace(root_device=torch.device("cpu"))
+
+
 def at_step(processed: int, limit: float = 1.0) -> Any:
     """A trainer that has done so many steps."""
     progress = SimpleNamespace(total=SimpleNamespace(processed=processed))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    return SimpleNamespace(fit_loop=loop, limit_train_batches=limit, global_rank=0, world_size=1)
+    return SimpleNamespace(fit_loop=loop, limit_train_batches=limit, global_rank=0, world_size=1, strategy=ON_CPU)
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -612,7 +615,7 @@ class TestLoaders:
     def test_validation_reads_its_split(self, data: ChatDataModule, stage: str, eval_split: Any, split: str) -> None:
         data.eval_split = eval_split
         fn = SimpleNamespace(value=stage)
-        data.trainer = SimpleNamespace(state=SimpleNamespace(fn=fn), global_rank=0, world_size=1)
+        data.trainer = SimpleNamespace(state=SimpleNamespace(fn=fn), global_rank=0, world_size=1, strategy=ON_CPU)
         rows = [row for micro in data.val_dataloader() for row in micro.rows]
         assert sorted(rows) == sorted(data.splits[split].rows.tolist())
 
@@ -718,7 +721,7 @@ class TestPrompts:
         rows[3] = {"prompt": "question 3"}
         path = write(tmp_path / "ask.jsonl", rows)
         data = build(tiny_base, "missing.jsonl", predict_source=str(path))
-        data.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"))
+        data.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"), strategy=ON_CPU)
         data.prepare_data()
         data.setup("predict")
         batches = [batch.prompts for batch in data.predict_dataloader()]
