@@ -242,11 +242,8 @@ class LabCLI(LightningCLI):
         return trainer
 
     def _trainer(self, given: Any, **settings: Any) -> pl.Trainer:
-        accelerator = given.accelerator
-        if accelerator == "auto":  # bitsandbytes and the paths here have been tried on nothing else
-            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-        own = {"use_distributed_sampler": False, "accelerator": accelerator}
-        trainer = pl.Trainer(**{**vars(given), **own, **settings})
+        settings = {**vars(given), "use_distributed_sampler": False, **settings}
+        trainer = pl.Trainer(**{**settings, "accelerator": _accelerator(settings["accelerator"])})
         refusals.refuse_trainer(trainer, training=self.command in ("fit", *WITHOUT_TRAINER))
         return trainer
 
@@ -254,6 +251,22 @@ class LabCLI(LightningCLI):
         """Say where the run is."""
         names = ("losses.md", "loss_curve.png", "samples.md", "checkpoints/best/", "checkpoints/last.ckpt")
         _say(f"done: {self.paths.run_dir}/: {', '.join(n for n in names if (self.paths.run_dir / n).exists())}")
+
+
+def _accelerator(asked: str) -> str:
+    """The accelerator that ``auto`` stands for; a GPU that is there and cannot be used is no reason to take the CPU.
+
+    Raises:
+        LabError: There is such a GPU, or none though one is asked for.
+
+    """
+    if asked == "cpu" or torch.cuda.is_available():
+        return "cpu" if asked == "cpu" else "cuda"
+    if why := refusals.unusable_gpu():
+        raise LabError(f"{why}; to train on the CPU set trainer.accelerator to cpu")
+    if asked != "auto":
+        raise LabError(f"trainer.accelerator is {asked}, and PyTorch finds no GPU here; set it to cpu")
+    return "cpu"
 
 
 def _refuse(settings: Any) -> None:

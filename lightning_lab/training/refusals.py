@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -47,6 +50,25 @@ REPLACED: Replaced = {
 }
 
 
+# Where Linux shows that there is an NVIDIA GPU, and which driver it has.
+NVIDIA_DEVICE, NVIDIA_DRIVER = Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version")
+
+
+def unusable_gpu() -> str | None:
+    """Say what is wrong where there is an NVIDIA GPU and PyTorch cannot use it; None where there is none, or it can."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or torch.cuda.is_available() or not NVIDIA_DEVICE.exists():
+        return None
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs alone"
+    version = re.search(r"\d+\.\d+[.\d]*", NVIDIA_DRIVER.read_text()) if NVIDIA_DRIVER.exists() else None
+    driver = f"driver {version.group()}" if version else "a driver that does not answer"
+    return (
+        f"there is an NVIDIA GPU with {driver}, which this PyTorch ({torch.__version__}, built {built}) cannot use: "
+        "update the driver (CUDA 13 needs 580 or newer), or install a PyTorch for it, with pip's option --index-url "
+        "https://download.pytorch.org/whl/cu126 for instance"
+    )
+
+
 def refuse_replaced(settings: Any, replaced: Replaced) -> None:
     """Refuse settings of a trainer, or a trainer that has them, where something else replaces them.
 
@@ -86,6 +108,8 @@ def refuse_trainer(trainer: pl.Trainer, *, training: bool = True) -> None:
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise LabError(f"trainer.strategy {type(strategy).__name__} is not supported; use auto or ddp")
+    if strategy.root_device.type == "cpu" and trainer.is_global_zero and (why := unusable_gpu()):
+        print(f"warning: on the CPU, but {why}", file=sys.stderr)
     if strategy.root_device.type not in ("cpu", "cuda"):  # bitsandbytes and this package are tried on nothing else
         raise LabError(f"trainer.accelerator {strategy.root_device.type} is not supported; use cpu or cuda")
 

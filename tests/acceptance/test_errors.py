@@ -14,6 +14,7 @@ import torch
 from lightning_lab.__main__ import COMMANDS, main
 from lightning_lab.configs_lookup import DEFAULTS, configs_dir, packaged_configs
 from lightning_lab.data.datamodule import ChatDataModule
+from lightning_lab.training import refusals
 from tests.acceptance.conftest import lab, metrics, start
 
 GOOD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there"}]}
@@ -226,6 +227,35 @@ class TestWithoutANetwork:
         assert [line for line in error.splitlines() if line.startswith("error: ")], error
         assert "nobody/nothing" in error
         assert time.monotonic() - started < 90
+
+
+@pytest.mark.parametrize("version", ["NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\n", None])
+def test_a_gpu_that_cannot_be_used_is_no_reason_to_take_the_cpu(
+    tiny_args: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    version: str | None,
+) -> None:
+    device, driver = tmp_path / "nvidiactl", tmp_path / "version"
+    monkeypatch.setattr(refusals, "NVIDIA_DEVICE", device)
+    monkeypatch.setattr(refusals, "NVIDIA_DRIVER", driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    steps = ("--trainer.max_steps=1", "--samples=0", f"--run_dir={tmp_path / 'run'}")
+    assert "finds no GPU here" in fails(capsys, "fit", *tiny_args, *steps, "--trainer.accelerator=gpu")
+    device.touch()
+    if version:
+        driver.write_text(version)
+    for accelerator in ("auto", "gpu"):
+        line = fails(capsys, "fit", *tiny_args, *steps, f"--trainer.accelerator={accelerator}")
+        assert ("driver 550.54.15" if version else "a driver that does not answer") in line
+        assert f"PyTorch ({torch.__version__}" in line
+        assert "set trainer.accelerator to cpu" in line
+    assert not (tmp_path / "run").exists()
+    assert main(["fit", *tiny_args, *steps, "--trainer.accelerator=cpu"]) == 0
+    assert "warning: on the CPU, but there is an NVIDIA GPU" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert refusals.unusable_gpu() is None
 
 
 def test_preview_needs_no_gpu(tiny_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
