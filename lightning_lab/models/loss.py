@@ -15,8 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from lightning_lab.models import cpu
 
-# Elements of a chunk of logits. As float32 they are 134 MB: 261 positions of Llama-3's vocabulary.
-CHUNK_ELEMENTS = 2**25
+# Elements of a chunk of logits on a GPU, by the bytes of its memory from which on they are taken. 2**25 are 261 rows of
+# Llama-3's vocabulary, 134 MB as float32. The head, 0.5 GB in a Llama-3.2-1B, is read twice for each chunk: of 4,096
+# positions 16.8 GB with 2**25 elements, 4.2 GB with 2**27.
+CHUNK_ELEMENTS = ((36 * 2**30, 2**27), (20 * 2**30, 2**26), (0, 2**25))
 
 
 def supervised_nll_sum(
@@ -115,13 +117,22 @@ class _NLLSum(torch.autograd.Function):
         return gradient * grad_output.to(gradient.dtype), None, None, None, None, None
 
 
-def chunk_rows(vocabulary: int, device_type: str) -> int:
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Positions in one chunk of logits, at least 1."""
-    return max(1, (cpu.CHUNK_ELEMENTS if device_type == "cpu" else CHUNK_ELEMENTS) // vocabulary)
+    elements = cpu.CHUNK_ELEMENTS if device.type == "cpu" else _elements_on_gpu(device)
+    return max(1, elements // vocabulary)
+
+
+@cache
+def _elements_on_gpu(device: torch.device) -> int:
+    memory = torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 0
+    return next(elements for least, elements in CHUNK_ELEMENTS if memory >= least)
 
 
 def _chunks(positions: int, head: Tensor) -> list[slice]:
-    size = chunk_rows(len(head), head.device.type)
+    size = chunk_rows(len(head), head.device)
+    while positions > size > 2 and positions % size == 1:  # a chunk of one row would be compiled apart
+        size -= 1
     return [slice(start, start + size) for start in range(0, positions, size)]
 
 

@@ -103,7 +103,7 @@ def peak_parts(
         layer += c * max(weights)
     # logits, in training their softmax, and if not compiled a float32 copy
     chunk = c * (1 + training) if settings.compile else 4 if c == 4 else 4 + c * (1 + training)
-    rows = min(supervised, chunk_rows(config.vocab_size, device.type))
+    rows = min(supervised, chunk_rows(config.vocab_size, device))
     logits = rows * config.vocab_size * chunk + 2 * supervised * hidden * c
     # a GPU has the chunk's memory back when the layers' backward pass begins; a heap that has grown stays as it is
     temporaries = layer + logits if on_cpu else max(layer, logits)

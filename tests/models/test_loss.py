@@ -1,12 +1,13 @@
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-from lightning_lab.models import cpu
+from lightning_lab.models import cpu, loss
 from lightning_lab.models.loss import supervised_nll, supervised_nll_sum
 
 VOCABULARY, HIDDEN = 97, 16
@@ -43,6 +44,24 @@ def test_value_and_gradient_equal_whole_logits(
     (gradient,) = torch.autograd.grad(3.0 * total, hidden)
     torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_no_chunk_has_one_row_alone(chunks_of: Callable[[int], None]) -> None:
+    chunks_of(7)
+    head = torch.empty(VOCABULARY, HIDDEN)
+    for positions in range(2, 60):
+        sizes = [len(range(positions)[chunk]) for chunk in loss._chunks(positions, head)]
+        assert sum(sizes) == positions
+        assert 1 < min(sizes) <= max(sizes) <= 7
+
+
+def test_chunks_grow_with_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T4, RTX 4090, A100: 261, 523 and 1,046 positions of Llama-3's vocabulary."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for index, (mib, rows) in enumerate(((15_102, 261), (24_217, 523), (81_251, 1046))):
+        properties = SimpleNamespace(total_memory=mib * 2**20)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, properties=properties: properties)
+        assert loss.chunk_rows(128_256, torch.device("cuda", 90 + index)) == rows
 
 
 @pytest.mark.parametrize("compiled", [False, True])
