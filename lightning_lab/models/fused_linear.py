@@ -140,11 +140,18 @@ def _multiply(
 
 
 # For torch.compile: it would see that W is dequantised twice and keep it from the forward pass, and copy each result
-# before adding to it.
-_multiply_op = torch.library.custom_op("lightning_lab::qlora_linear", _multiply, mutates_args=())
+# before adding to it. Not by `custom_op`, whose wrapper for autograd, of no use here, takes as long as the rest.
+torch.library.define(
+    "lightning_lab::qlora_linear",
+    "(Tensor x, Tensor values, Tensor? scales, int[] sizes, bool forward, Tensor low, Tensor factor, float scale)"
+    " -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("lightning_lab::qlora_linear", "default", _multiply)
+_multiply_op = torch.ops.lightning_lab.qlora_linear.default
 
 
-@_multiply_op.register_fake
+@torch.library.register_fake("lightning_lab::qlora_linear")
 def _(x: Tensor, values: Any, scales: Any, sizes: Any, forward: Any, low: Any, factor: Tensor, scale: Any) -> Tensor:
     return x.new_empty(x.shape[0], factor.shape[1])
 
