@@ -114,12 +114,9 @@ class TestNotebook:
             exec(cell, namespace)
         module, data = namespace["module"].hparams, namespace["data"].hparams
         defaults, best = (read_yaml(ROOT / "configs" / name) for name in ("defaults.yaml", "lr3e-4_r32.yaml"))
-        free = {"checkpointing", "micro_batch_tokens"}  # memory and speed alone
         for section, settings in (("model", module), ("data", data)):
             asked = {**defaults[section], **best[section]}
-            assert {key: settings[key] for key in asked.keys() - free} == {
-                key: value for key, value in asked.items() if key not in free
-            }
+            assert {key: settings[key] for key in asked} == asked
         assert (namespace["every"], namespace["window"]) == (defaults["val_every_steps"], best["train_loss_window"])
 
     def test_its_format(self) -> None:
