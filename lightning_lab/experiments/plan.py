@@ -38,9 +38,9 @@ def plan_command(cli: Any) -> None:
 
     """
     data, trainer, settings = cli.datamodule, cli.settings.trainer, cli.model.hparams
-    settle_auto(cli.trainer, cli.model, data, training=True)
     data.prepare(progress=not cli.settings.json)
     print_summary(data)
+    settle_auto(cli.trainer, cli.model, data, training=True)
     earlier = newest_run(cli.name)
     planned = plan(
         load_config(settings.base, settings.revision),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -50,7 +51,7 @@ def settle_auto(trainer: pl.Trainer, module: Any, data: ChatDataModule | None, *
             raise LabError(f"{asked[0]}: auto needs a ChatDataModule to choose for; name a value")
         chosen: Any = None
         if trainer.is_global_zero:
-            chosen = _choose(trainer, module.hparams, data.hparams, asked, training)
+            chosen = _choose(trainer, module.hparams, data, asked, training)
             print(f"auto: {', '.join(f'{key} {str(chosen[key]).lower()}' for key in asked)}", file=sys.stderr)
         chosen = trainer.strategy.broadcast(chosen)
         put(module, data, {key: chosen[key] for key in asked})
@@ -66,7 +67,10 @@ def put(module: Any, data: ChatDataModule | None, values: Mapping[str, Any]) -> 
         setattr(part, name, value)
 
 
-def _choose(trainer: pl.Trainer, model: Any, data: Any, asked: list[str], training: bool) -> dict[str, Any]:
+def _choose(
+    trainer: pl.Trainer, model: Any, data_module: ChatDataModule, asked: list[str], training: bool
+) -> dict[str, Any]:
+    data: Any = data_module.hparams
     device = trainer.strategy.root_device
     available = memory.available_memory(device, trainer.num_devices)
     choose = partial(
@@ -78,7 +82,7 @@ def _choose(trainer: pl.Trainer, model: Any, data: Any, asked: list[str], traini
         max_length=data.max_length,
         batch_size=data.batch_size,
     )
-    pays = training and "model.compile" in asked and _compiling_pays(trainer, model)
+    pays = training and "model.compile" in asked and _compiling_pays(trainer, model, data_module)
     mode, tokens = model.checkpointing, data.micro_batch_tokens
     if "auto" in (mode, tokens):
         budget = None if tokens == "auto" else tokens
@@ -90,11 +94,13 @@ def _choose(trainer: pl.Trainer, model: Any, data: Any, asked: list[str], traini
     return chosen
 
 
-def _compiling_pays(trainer: pl.Trainer, model: Any) -> bool:
+def _compiling_pays(trainer: pl.Trainer, model: Any, data: ChatDataModule) -> bool:
     """Whether layers that can be compiled are worth it: on a GPU, in a run that is long enough."""
     if trainer.strategy.root_device.type != "cuda" or not uses_fused_linear(model):
         return False
-    if 0 <= trainer.max_steps < LEAST_STEPS_TO_COMPILE:
+    epochs = trainer.max_epochs
+    steps = data.steps_per_epoch * epochs if epochs is not None and epochs >= 0 else math.inf
+    if min(steps, trainer.max_steps if trainer.max_steps >= 0 else math.inf) < LEAST_STEPS_TO_COMPILE:
         return False
     missing = None if find_spec("triton") else "Triton is not installed"
     if not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
