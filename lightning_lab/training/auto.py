@@ -23,7 +23,10 @@ from lightning_lab.models import memory
 from lightning_lab.models.base import load_config
 from lightning_lab.models.qlora import uses_fused_linear
 
-KEYS = ("model.checkpointing", "data.micro_batch_tokens", "model.compile", "data.eval_micro_batch_tokens")
+KEYS = (
+    *("model.checkpointing", "data.micro_batch_tokens", "model.compile", "model.cache_dequantised"),
+    "data.eval_micro_batch_tokens",
+)
 # A run of fewer steps is over before the minute or two that compiling takes have come back.
 LEAST_STEPS_TO_COMPILE = 50
 
@@ -83,12 +86,16 @@ def _choose(
         batch_size=data.batch_size,
     )
     pays = training and "model.compile" in asked and _compiling_pays(trainer, model, data_module)
-    mode, tokens = model.checkpointing, data.micro_batch_tokens
+    mode, tokens, cached = model.checkpointing, data.micro_batch_tokens, False
     if "auto" in (mode, tokens):
         budget = None if tokens == "auto" else tokens
-        mode, tokens, pays = choose(micro_batch_tokens=budget, training=training, may_compile=pays)
-    compiled = pays and mode != "offload"
-    chosen = {"model.checkpointing": mode, "model.compile": compiled, "data.micro_batch_tokens": tokens}
+        mode, tokens, pays, cached = choose(micro_batch_tokens=budget, training=training, may_compile=pays)
+    chosen = {
+        "model.checkpointing": mode,
+        "data.micro_batch_tokens": tokens,
+        "model.compile": pays and mode != "offload",
+        "model.cache_dequantised": cached,
+    }
     if "data.eval_micro_batch_tokens" in asked:
         chosen["data.eval_micro_batch_tokens"] = choose(training=False).micro_batch_tokens
     return chosen

@@ -306,7 +306,7 @@ class Lifecycle(pl.LightningModule):
         if self._kept is None and uses_fused_linear(self.settings):
             from lightning_lab.models.fused_linear import KeptTensors
 
-            self._kept = KeptTensors(self.peft_model, self.compute_dtype, self.settings.cache_dequantised)
+            self._kept = KeptTensors(self.peft_model, self.compute_dtype, self.settings.cache_dequantised is True)
         elif self._kept:
             self._kept.refresh()
 

@@ -61,7 +61,7 @@ class QLoRAModule(Lifecycle):
         fused_linear: Run each linear and its adapter as one autograd function: faster, and less memory in 16 bits. Same
             results to rounding. 8-bit bases, DoRA and training with dropout always take PEFT's own layers.
         cache_dequantised: Keep the 4-bit base dequantised in the compute dtype beside it: the same results without
-            dequantising in every pass, for the memory of a 16-bit base.
+            dequantising in every pass, for the memory of a 16-bit base. ``auto``: on a GPU that has room for it.
         compile: Compile each decoder layer with ``torch.compile``, once for all lengths, in a minute or two. Same
             results to rounding. ``auto``: on a GPU, in runs of 50 steps and more.
         hf_eval_batch_size: Conversations in the batches whose means ``val_loss_hf`` and ``test_loss_hf`` average.
@@ -98,7 +98,7 @@ class QLoRAModule(Lifecycle):
         max_grad_norm: float | None = 1.0,
         checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none",
         fused_linear: bool = True,
-        cache_dequantised: bool = False,
+        cache_dequantised: bool | Literal["auto"] = False,
         compile: bool | Literal["auto"] = False,
         hf_eval_batch_size: int = 8,
         weighted_eval: bool = False,

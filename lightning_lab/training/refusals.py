@@ -142,7 +142,7 @@ def refuse_combinations(settings: Any) -> None:
         raise LabError(
             f"model.compile needs the fused linear: {fused}, model.bits to 4 or 16, or model.compile to false"
         )
-    if settings.cache_dequantised and not (settings.bits == 4 and uses_fused_linear(settings)):
+    if settings.cache_dequantised is True and not (settings.bits == 4 and uses_fused_linear(settings)):
         raise LabError(
             f"model.cache_dequantised is for the fused linear on a 4-bit base: {fused}, model.bits to 4, or "
             "model.cache_dequantised to false"

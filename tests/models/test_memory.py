@@ -259,11 +259,11 @@ def test_what_pefts_layers_train_is_counted_as_theirs(changes: dict[str, Any]) -
 
 
 def chosen(available: int, device: torch.device = GPU, budget: int | None = None, **changes: Any) -> tuple[Any, ...]:
-    """Checkpointing and micro-batch, and whether layers are compiled where that is chosen too."""
+    """Checkpointing and micro-batch; whether layers are compiled too, where that is chosen."""
     options: dict[str, Any] = dict(max_length=2048, batch_size=8, micro_batch_tokens=budget, may_compile=True)
     asked = settings(**({"checkpointing": "auto"} | changes))
     found = choose(llama_3_2("1B"), asked, device, available, **options)
-    return tuple(found) if asked.compile == "auto" else tuple(found)[:2]
+    return tuple(found)[: 3 if asked.compile == "auto" else 2]
 
 
 def enough(mode: str, tokens: int, **changes: Any) -> int:
@@ -293,6 +293,21 @@ def test_auto_compiles_where_it_may_unless_that_leaves_nothing_that_fits() -> No
     little = enough("full", 32_768, compile=True) - 2
     assert choose(llama_3_2("1B"), asked, GPU, little, may_compile=True, **options)[::2] == ("offload", False)
     assert not choose(llama_3_2("1B"), asked, GPU, 2**40, **options).compile
+
+
+def test_auto_dequantises_once_where_there_is_room_beside_all_else() -> None:
+    def cached(available: int, device: torch.device = GPU, **changes: Any) -> tuple[Any, ...]:
+        asked = settings(**({"checkpointing": "auto", "cache_dequantised": "auto"} | changes))
+        found = choose(llama_3_2("1B"), asked, device, available, max_length=2048, batch_size=8)
+        return found.checkpointing, found.micro_batch_tokens, found.cache_dequantised
+
+    assert cached(2**40) == ("none", 16_384, True)
+    assert cached(enough("none", 16_384, cache_dequantised=True)) == ("none", 16_384, True)
+    assert cached(enough("none", 16_384, cache_dequantised=True) - 2) == ("none", 16_384, False)
+    assert cached(2**40, checkpointing="full") == ("full", 16_384, False)
+    assert cached(2**40, CPU) == ("none", 4096, False)
+    for changes in ({"bits": 8}, {"bits": 16}, {"dora": True}):
+        assert not cached(2**40, **changes)[2]
 
 
 def test_auto_leaves_what_was_given() -> None:
