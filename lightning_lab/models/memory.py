@@ -286,8 +286,8 @@ def choose(
                     return Choice(mode, budget, compiled, cached)
     raise LabError(
         f"auto: {needed / MIB:,.0f} MiB are needed for {max(budget, max_length):,} tokens with model.checkpointing "
-        f"{mode}, and {MEMORY_SHARE:.0%} of the {available / MIB:,.0f} MiB available may be used; lower data.max_length, "
-        "data.micro_batch_tokens or model.r, set model.bits to 4, or use a smaller model.base"
+        f"{mode}, and {MEMORY_SHARE:.0%} of the {available / MIB:,.0f} MiB available may be used; lower "
+        "data.max_length, data.micro_batch_tokens or model.r, set model.bits to 4, or use a smaller model.base"
     )
 
 
