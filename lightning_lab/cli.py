@@ -253,15 +253,15 @@ class LabCLI(LightningCLI):
         _say(f"done: {self.paths.run_dir}/: {', '.join(n for n in names if (self.paths.run_dir / n).exists())}")
 
 
-def _accelerator(asked: str) -> str:
-    """The accelerator that ``auto`` stands for; a GPU that is there and cannot be used is no reason to take the CPU.
+def _accelerator(asked: Any) -> Any:
+    """What ``auto`` stands for, else what is asked for; a GPU that cannot be used is no reason to take the CPU.
 
     Raises:
         LabError: There is such a GPU, or none though one is asked for.
 
     """
-    if asked == "cpu" or torch.cuda.is_available():
-        return "cpu" if asked == "cpu" else "cuda"
+    if asked not in ("auto", "gpu", "cuda") or torch.cuda.is_available():
+        return "cuda" if asked == "auto" else asked
     if why := refusals.unusable_gpu():
         raise LabError(f"{why}; to train on the CPU set trainer.accelerator to cpu")
     if asked != "auto":

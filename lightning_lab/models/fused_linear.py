@@ -10,7 +10,7 @@ The layers reach PEFT as registered custom modules, its way to accept layers fro
 the ones they stand in for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -171,7 +171,7 @@ class _Fused:
     """Takes the plain case of a PEFT layer: one adapter, not merged, without dropout or a variant such as DoRA."""
 
     plain_weight: Weight | None = None  # see `KeptTensors`
-    rounded: tuple[Tensor, Tensor] | None = None
+    rounded: Mapping[str, tuple[Tensor, Tensor]] = {}  # by the adapter's name
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = cast(Any, self)
@@ -196,10 +196,10 @@ class _Fused:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         name = active[0]
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        return qlora_linear(x, weight, a, b, layer.scaling[name], self.rounded)
+        return qlora_linear(x, weight, a, b, layer.scaling[name], self.rounded.get(name))
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        self.plain_weight = None  # the base's is another one, and rounded when they are taken apart again
+        self.plain_weight = None  # the base's is another one, and quantised anew when they are taken apart again
         super().merge(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -219,7 +219,7 @@ class KeptTensors:
     `refresh`. The base's own weights stay too, for merging, saving and decoding.
 
     Args:
-        model: With one adapter.
+        model: Its adapters are rounded where one alone is active.
         dtype: The compute dtype.
         dequantised: Keep the whole weights in the compute dtype, for every pass to come: the same values.
 
@@ -229,16 +229,20 @@ class KeptTensors:
         self._layers = [module for module in model.modules() if isinstance(module, _Fused)]
         self._adapters: list[Tensor] = []
         self._rounded: list[Tensor] = []
-        for fused in self._layers:
-            layer = cast(Any, fused)
-            weight = Weight.of(layer.get_base_layer()) if isinstance(layer, FusedLinear4bit) else None
-            fused.plain_weight = Weight(dequantise(*weight, dtype)) if weight and dequantised else weight
-            if dtype.itemsize < 4:
-                (name,) = layer.active_adapters
-                pair = layer.lora_A[name].weight, layer.lora_B[name].weight
-                fused.rounded = pair[0].detach().to(dtype), pair[1].detach().to(dtype)
-                self._adapters += pair
-                self._rounded += fused.rounded
+        # whatever mode makes them, training can use them: Lightning evaluates in inference mode
+        with torch.inference_mode(False), torch.no_grad():
+            for fused in self._layers:
+                layer = cast(Any, fused)
+                plain = isinstance(layer, FusedLinear4bit) and not layer.merged
+                weight = Weight.of(layer.get_base_layer()) if plain else None
+                fused.plain_weight = Weight(dequantise(*weight, dtype)) if weight and dequantised else weight
+                if dtype.itemsize < 4 and len(layer.active_adapters) == 1:
+                    (name,) = layer.active_adapters
+                    pair = layer.lora_A[name].weight, layer.lora_B[name].weight
+                    rounded = pair[0].to(dtype), pair[1].to(dtype)
+                    fused.rounded = {name: rounded}
+                    self._adapters += pair
+                    self._rounded += rounded
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -249,4 +253,4 @@ class KeptTensors:
     def close(self) -> None:
         """Let the layers read base and adapters by themselves again."""
         for layer in self._layers:
-            layer.plain_weight = layer.rounded = None
+            layer.plain_weight, layer.rounded = None, {}

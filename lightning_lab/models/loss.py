@@ -70,7 +70,7 @@ def supervised_nll(hidden: Tensor, head: Tensor, targets: Tensor, compiled: bool
     summarise = _compile(_summary) if compiled else _summary
     nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
-    for rows in _chunks(len(targets), head):
+    for rows in _chunks(len(targets), head, compiled):
         logits = hidden[rows] @ head.T
         at_target = _at(logits, targets[rows])
         logsumexp, best = summarise(logits)
@@ -95,7 +95,7 @@ class _NLLSum(torch.autograd.Function):
         one = torch.full((1,), gradient_scale, dtype=torch.float32, device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
-        for rows in _chunks(len(targets), head):
+        for rows in _chunks(len(targets), head, compiled):
             logits = hidden[rows] @ head.T
             at_target = _at(logits, targets[rows])
             scale = one if weights is None else weights[rows] * gradient_scale
@@ -129,9 +129,9 @@ def _elements_on_gpu(device: torch.device) -> int:
     return next(elements for least, elements in CHUNK_ELEMENTS if memory >= least)
 
 
-def _chunks(positions: int, head: Tensor) -> list[slice]:
+def _chunks(positions: int, head: Tensor, compiled: bool) -> list[slice]:
     size = chunk_rows(len(head), head.device)
-    while positions > size > 2 and positions % size == 1:  # a chunk of one row would be compiled apart
+    while compiled and positions > size > 2 and positions % size == 1:  # a chunk of one row would be compiled apart
         size -= 1
     return [slice(start, start + size) for start in range(0, positions, size)]
 

@@ -99,10 +99,10 @@ def peak_parts(
         layer = tokens * c * (3 * inner + 2 * hidden)  # gradients of three inner tensors and of two hidden ones
     else:  # the residual, a norm's float32 copy and its result; gate, silu(gate), up and their product
         layer = tokens * (c * (2 * hidden + 4 * inner) + 4 * hidden)
-    if not settings.cache_dequantised:
+    if settings.cache_dequantised is not True:
         layer += c * max(weights)
     # logits, in training their softmax, and if not compiled a float32 copy
-    chunk = c * (1 + training) if settings.compile else 4 if c == 4 else 4 + c * (1 + training)
+    chunk = c * (1 + training) if settings.compile is True else 4 if c == 4 else 4 + c * (1 + training)
     rows = min(supervised, chunk_rows(config.vocab_size, device))
     logits = rows * config.vocab_size * chunk + 2 * supervised * hidden * c
     # a GPU has the chunk's memory back when the layers' backward pass begins; a heap that has grown stays as it is
@@ -118,7 +118,7 @@ def peak_parts(
         # 60 steps in bfloat16 within 8 %; in float32 0.9 of them was measured. Compiled layers make fewer temporary
         # tensors among those that stay. What a layer's pass and a chunk of logits take leaves twice its size, which is
         # most of it where little is kept.
-        holes = int((0.2 if settings.compile else 0.25 * c) * kept) + 2 * temporaries
+        holes = int((0.2 if settings.compile is True else 0.25 * c) * kept) + 2 * temporaries
     return {
         "program": program_bytes() if on_cpu else 0,
         "tables": tables * c,
@@ -130,7 +130,7 @@ def peak_parts(
             8: 4 * linear // hidden,
             16: 0,
         }[bits],
-        "dequantised": linear * c if settings.cache_dequantised else 0,
+        "dequantised": linear * c if settings.cache_dequantised is True else 0,
         "adapters": (6 if fused and c == 2 else 4) * adapters,
         "gradients": 4 * adapters if training else 0,
         "optimizer_state": adapters * (8 if settings.optimizer == "adamw" else 2) if training else 0,  # two moments
@@ -149,7 +149,7 @@ def _kept_of_a_token(config: LlamaConfig, settings: Any, c: int, checkpointing: 
     width, narrow = shapes["q_proj"][1], shapes["k_proj"][1]
     result = c * width + 4 * config.num_attention_heads  # of attention, and its log-sum-exp
     layer = result + c * (width + 2 * narrow) + c * settings.r * len(targets)  # query, key, value; adapters' products
-    if settings.compile:
+    if settings.compile is True:
         # Elementwise work is done again where it is needed. Kept are a layer's input and the sum after attention, what
         # both norms give to the linears, gate, up and their product.
         layer += c * (4 * hidden + 3 * inner)

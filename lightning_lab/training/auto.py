@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import AttributeDict
 
 from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.errors import LabError
@@ -67,7 +68,8 @@ def put(module: Any, data: ChatDataModule | None, values: Mapping[str, Any]) -> 
         section, name = key.split(".")
         part: Any = module if section == "model" else data
         part.hparams[name] = value
-        setattr(part, name, value)
+        if section == "data" or name == "checkpointing":  # the others are read from there
+            setattr(part, name, value)
 
 
 def _choose(
@@ -79,25 +81,25 @@ def _choose(
     choose = partial(
         memory.choose,
         load_config(model.base, model.revision),
-        model,
-        device,
-        available,
+        device=device,
+        available=available,
         max_length=data.max_length,
         batch_size=data.batch_size,
     )
-    pays = training and "model.compile" in asked and _compiling_pays(trainer, model, data_module)
-    mode, tokens, cached = model.checkpointing, data.micro_batch_tokens, False
-    if "auto" in (mode, tokens):
-        budget = None if tokens == "auto" else tokens
-        mode, tokens, pays, cached = choose(micro_batch_tokens=budget, training=training, may_compile=pays)
-    chosen = {
-        "model.checkpointing": mode,
-        "data.micro_batch_tokens": tokens,
-        "model.compile": pays and mode != "offload",
-        "model.cache_dequantised": cached,
-    }
+    mode, tokens = model.checkpointing, data.micro_batch_tokens
+    pays = training and model.compile == "auto" and _compiling_pays(trainer, model, data_module)
+    budget = None if tokens == "auto" else tokens
+    try:
+        found = choose(model, micro_batch_tokens=budget, training=training, may_compile=pays)
+    except LabError:
+        if "auto" in (mode, tokens):
+            raise
+        found = memory.Choice(mode, tokens, pays and mode != "offload", False)  # what was named is tried all the same
+    settled = {key: value for key, value in found._asdict().items() if model.get(key) == "auto"}
+    chosen = {"data.micro_batch_tokens": found.micro_batch_tokens, **{f"model.{k}": v for k, v in settled.items()}}
     if "data.eval_micro_batch_tokens" in asked:
-        chosen["data.eval_micro_batch_tokens"] = choose(training=False).micro_batch_tokens
+        for_evaluation = choose(AttributeDict({**model, **settled}), training=False)
+        chosen["data.eval_micro_batch_tokens"] = for_evaluation.micro_batch_tokens
     return chosen
 
 

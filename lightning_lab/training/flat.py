@@ -36,6 +36,13 @@ class FlatWeights:
         self.parameters = [self._whole, *self._small] if self._large else self._small
         self._lay_out()
 
+    def release(self) -> None:
+        """Let go of all that the weights, which have been moved elsewhere, do not need."""
+        self._gathered = None
+        for weight in (self._whole, *self.weights):
+            weight.grad = None
+        self._whole.data = self._whole.data.new_empty(0)
+
     def begin_step(self) -> None:
         """Let go of the gradients of the step before, and see that the weights are where the optimizer finds them."""
         self._gathered = None

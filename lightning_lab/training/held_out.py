@@ -126,7 +126,9 @@ def trained_prompts(dealt: pa.Table, prompts: Sequence[Prompt]) -> list[int]:
 def read_rows(beside: Path) -> pa.Table | None:
     """The table beside a checkpoint or an adapter's folder; None where it is missing or damaged."""
     try:
-        return pq.read_table(beside.expanduser().resolve().with_name(ROWS))
+        path = beside.expanduser().resolve().with_name(ROWS)
+        known = [name for name in _SCHEMA.names if name != "near" or name in pq.read_schema(path).names]
+        return pq.read_table(path, schema=_SCHEMA, columns=known)
     except (OSError, pa.ArrowException):
         return None
 

@@ -1,90 +1,51 @@
-"""How a module comes to life and is continued: the base with its adapters, checkpoints, an exact resume."""
+"""How a run of a module begins and goes on: its settings checked and chosen, checkpoints, an exact resume."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import lightning.pytorch as pl
 import pyarrow as pa
-import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.files import flatten
-from lightning_lab.hub import model_folder, revision_of, weights_fingerprint
-from lightning_lab.models.attention import Kernel, attention_kernel, register_document_attention
-from lightning_lab.models.base import load_base, resolve_compute_dtype
-from lightning_lab.models.qlora import (
-    adapter_state,
-    add_adapters,
-    compile_layers,
-    enable_checkpointing,
-    load_adapter_state,
-    read_adapter,
-    say_other_base,
-    uses_fused_linear,
-)
+from lightning_lab.models.qlora import enable_checkpointing
 from lightning_lab.training import held_out, resume
+from lightning_lab.training.adapted_model import AdaptedModel
 from lightning_lab.training.auto import put, settle_auto
 from lightning_lab.training.optim import LossScale
-from lightning_lab.training.refusals import refuse_on_device, refuse_trainer
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from lightning_lab.models.fused_linear import KeptTensors
+from lightning_lab.training.refusals import refuse_trainer, unusable_gpu
 
 
-class Lifecycle(pl.LightningModule):
+class Lifecycle(AdaptedModel):
     """All of `QLoRAModule` but its step and its evaluation.
 
     Attributes:
-        checkpointing: The mode in use; what ``auto`` stands for once the trainer has set the module up.
-        continues: A checkpoint is to be loaded, so that ``model.adapter``, with which its run began, is not read.
-        evaluate_base: Evaluation and prediction leave the adapters out.
         checkpoint: The file that is to be loaded, if it is known before the trainer knows it.
         completed_steps: Optimizer steps of the run so far; after a checkpoint was loaded, those behind its adapter.
         total_steps: Optimizer steps of the whole run.
         validation_pending: The checkpoint was saved between a step and its validation, which `fit` then begins with.
         loss_scale: Of float16.
-        adapter_weights: SHA-256 of the file that ``model.adapter`` was read from, at the run's start; or None.
         dealt: What the adapter was trained on, and what was held out: see `held_out`; None where that is not known.
         trained_rows: Rows of the split being evaluated that were trained on.
 
     """
 
-    checkpointing: str
-    compute_dtype: torch.dtype
-    attention_kernel: Kernel
-    base_weights: str
-
     def __init__(self) -> None:
         super().__init__()
-        self.model: PeftModel | None = None
-        self.evaluate_base = False
-        self.continues = False
         self.checkpoint: str | None = None
         self.completed_steps = 0
         self.total_steps = 0
         self.validation_pending = False
         self.loss_scale = LossScale()
-        self.adapter_weights: str | None = None
         self.dealt: pa.Table | None = None
         self.trained_rows: list[int] = []
-        self._kept: KeptTensors | None = None  # while a trainer runs it
         self._validated_step = 0
         self._auto: list[str] = []  # keys that were `auto`
         self._resumed: Mapping[str, Any] = {}  # our own part of the checkpoint that `fit` continues from
-
-    @property
-    def settings(self) -> Any:
-        """The constructor's arguments by name, as Lightning keeps them in ``hparams``."""
-        return self.hparams
 
     @property
     def chat_data(self) -> ChatDataModule | None:
@@ -93,18 +54,13 @@ class Lifecycle(pl.LightningModule):
         return data if isinstance(data, ChatDataModule) else None
 
     @property
-    def _attached(self) -> pl.Trainer | None:
-        try:
-            return self.trainer
-        except RuntimeError:  # the module stands alone, as after load_from_checkpoint
-            return None
-
-    @property
     def chosen(self) -> dict[str, Any]:
         """What is in use where `auto` may stand, by config key."""
         budgets = ("micro_batch_tokens", "eval_micro_batch_tokens")
         return {
             "model.checkpointing": self.checkpointing,
+            "model.compile": self.settings.compile is True,
+            "model.cache_dequantised": self.settings.cache_dequantised is True,
             **{f"data.{key}": getattr(self.chat_data, key, None) for key in budgets},
         }
 
@@ -114,6 +70,8 @@ class Lifecycle(pl.LightningModule):
     def setup(self, stage: str) -> None:
         training = stage == "fit"
         refuse_trainer(self.trainer, training=training)
+        if self.trainer.strategy.root_device.type == "cpu" and self.trainer.is_global_zero and (why := unusable_gpu()):
+            print(f"warning: on the CPU, but {why}", file=sys.stderr)
         if training:  # a resumed run's position is loaded after this
             self.completed_steps = self._validated_step = 0
             self.validation_pending, self.loss_scale, self._resumed = False, LossScale(), {}
@@ -121,6 +79,8 @@ class Lifecycle(pl.LightningModule):
         self._know_rows(self.checkpoint or adapter, training)
         if self.checkpoint and not training:
             self.on_test_start()  # before the base is loaded
+        if training:  # what an evaluation chose is for evaluation
+            put(self, self.chat_data, dict.fromkeys(self._auto, "auto"))
         self._auto = settle_auto(self.trainer, self, self.chat_data, training=training)
 
     def _know_rows(self, origin: str | Path | None, training: bool) -> None:
@@ -152,72 +112,7 @@ class Lifecycle(pl.LightningModule):
 
     on_validation_start = on_predict_start = on_test_start
 
-    @override
-    def configure_model(self) -> None:
-        """Load the quantised base and add the adapters; does nothing the second time."""
-        if self.model is not None:
-            return
-        settings = self.settings
-        if settings.adapter and not (self.continues or self.evaluate_base):
-            state, self.adapter_weights = read_adapter(settings.adapter, settings)
-        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        if self._attached:
-            device = self._attached.strategy.root_device
-        self.compute_dtype = resolve_compute_dtype(settings.compute_dtype, device)
-        self.attention_kernel = attention_kernel(device, self.compute_dtype)
-        refuse_on_device(self.checkpointing, device)
-        folder = model_folder(settings.base, weights=True, revision=settings.revision)
-        settings.revision, self.base_weights = revision_of(folder), weights_fingerprint(folder)
-        base = load_base(
-            settings.base,
-            revision=settings.revision,
-            bits=settings.bits,
-            compute_dtype=self.compute_dtype,
-            device=device,
-            attn_implementation=register_document_attention(),
-        )
-        keys = ("r", "alpha", "dropout", "target_modules", "rslora", "dora", "seed")
-        self.model = add_adapters(base, **{key: settings[key] for key in keys}, fused=settings.fused_linear)
-        if self.adapter_weights:
-            load_adapter_state(self.model, state)
-            if not self.global_rank:
-                say_other_base(settings.adapter, base.name_or_path, self.base_weights)
-        enable_checkpointing(self.model, self.checkpointing)
-        if settings.compile is True:  # `auto` without a trainer is none
-            compile_layers(self.model)
-        self.model.train()
-        # Under DDP nothing but the adapters is anybody's to send: the base is the same everywhere and frozen, and
-        # processes run unequal numbers of micro-batches, so that a broadcast of buffers in each pass would hang.
-        frozen = [n for n, w in self.named_parameters() if not w.requires_grad] + [n for n, _ in self.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
-
-    @property
-    def peft_model(self) -> PeftModel:
-        """The model with its adapters, once :meth:`configure_model` has run."""
-        assert self.model is not None, "configure_model has not run"
-        return self.model
-
-    @property
-    def head(self) -> Tensor:
-        """The language-model head's weight, ``[vocabulary, hidden_size]``."""
-        return self.peft_model.get_base_model().lm_head.weight
-
-    def trainable(self) -> list[nn.Parameter]:
-        """The adapters' weights, in a fixed order."""
-        return [parameter for parameter in self.peft_model.parameters() if parameter.requires_grad]
-
     # -- checkpoints ---------------------------------------------------------------------------------------------
-
-    @override
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The adapter alone, never the base."""
-        return adapter_state(self.peft_model)
-
-    @override
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
-        """Load an adapter; demands exactly its keys and shapes."""
-        self.configure_model()
-        load_adapter_state(self.peft_model, dict(state_dict))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -254,7 +149,9 @@ class Lifecycle(pl.LightningModule):
         command = self._attached.state.fn if self._attached else None
         if command == "fit":  # whatever would fit now: with dropout the cut into micro-batches is a part of the result
             resume.check_version(state)
-            put(self, data, {key: state["chosen"][key] for key in self._auto if key in state["chosen"]})
+            # not whether layers are compiled, which they are by now, or not: that is compared
+            kept = state["chosen"].keys() & set(self._auto) - {"model.compile"}
+            put(self, data, {key: state["chosen"][key] for key in kept})
             enable_checkpointing(self.peft_model, self.checkpointing)
         now = flatten({"model": self.hparams, "data": data.hparams if data else {}}) | self._facts
         # another split of the same source may be asked for where what was trained on is known by its contents
@@ -300,22 +197,6 @@ class Lifecycle(pl.LightningModule):
             self.trainer.fit_loop.epoch_loop.max_steps += 1 if self.trainer.max_steps >= 0 else 0
         if self.chat_data and self.trainer.is_global_zero:
             held_out.say_trained(self.dealt, self.chat_data)
-
-    def refresh_adapters(self) -> None:
-        """Let the layers see the adapters as they are now, whatever has changed them."""
-        if self._kept is None and uses_fused_linear(self.settings):
-            from lightning_lab.models.fused_linear import KeptTensors
-
-            self._kept = KeptTensors(self.peft_model, self.compute_dtype, self.settings.cache_dequantised is True)
-        elif self._kept:
-            self._kept.refresh()
-
-    @override
-    def teardown(self, stage: str) -> None:
-        """Let go of the tensors on the device that are no part of the model, which the trainer now takes off it."""
-        if self._kept:
-            self._kept.close()
-            self._kept = None
 
     @override
     def on_train_start(self) -> None:

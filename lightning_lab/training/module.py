@@ -136,7 +136,7 @@ class QLoRAModule(Lifecycle):
             kind = AdamW8bitAsync
         keys = ("lr", "betas", "eps", "weight_decay")
         self._adapters = FlatWeights(self.trainable())
-        optimizer = kind(self._adapters.parameters, **{key: settings[key] for key in keys})
+        optimizer = kind(self.flat_weights.parameters, **{key: settings[key] for key in keys})
         return [optimizer], [get_linear_schedule_with_warmup(optimizer, settings.warmup_steps, self.total_steps)]
 
     @override
@@ -157,7 +157,7 @@ class QLoRAModule(Lifecycle):
         """
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(scheduler, LRScheduler)
-        self._adapters.begin_step()
+        self.flat_weights.begin_step()
         self.refresh_adapters()
         learning_rate = float(scheduler.get_last_lr()[0])
 
@@ -210,10 +210,10 @@ class QLoRAModule(Lifecycle):
             The summed NLL, and the norm of the summed gradients: the step's one read from the device.
 
         """
-        message = self._adapters.gather_gradients(nll)
+        message = self.flat_weights.gather_gradients(nll)
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(message)
-        norm = torch.nn.utils.get_total_norm([w.grad for w in self._adapters.weights if w.grad is not None])
+        norm = torch.nn.utils.get_total_norm([w.grad for w in self.flat_weights.weights if w.grad is not None])
         summed, raw_norm = torch.stack([message[-1], norm]).tolist()
         return summed, raw_norm
 
@@ -242,7 +242,7 @@ class QLoRAModule(Lifecycle):
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Normalise by the step's summed weights, undo float16 scaling and clip, in one multiplication."""
-        self._adapters.scale_gradients(self._gradient_factor)
+        self.flat_weights.scale_gradients(self._gradient_factor)
 
     def _log_step(self, batch: StepBatch, loss: float, grad_norm: float, learning_rate: float) -> dict[str, float]:
         row = {

@@ -108,8 +108,6 @@ def refuse_trainer(trainer: pl.Trainer, *, training: bool = True) -> None:
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise LabError(f"trainer.strategy {type(strategy).__name__} is not supported; use auto or ddp")
-    if strategy.root_device.type == "cpu" and trainer.is_global_zero and (why := unusable_gpu()):
-        print(f"warning: on the CPU, but {why}", file=sys.stderr)
     if strategy.root_device.type not in ("cpu", "cuda"):  # bitsandbytes and this package are tried on nothing else
         raise LabError(f"trainer.accelerator {strategy.root_device.type} is not supported; use cpu or cuda")
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from lightning_lab.models import memory
+from lightning_lab.training import auto
 from tests.acceptance.conftest import lab, start
 from tests.acceptance.test_errors import fails
 
@@ -61,6 +62,16 @@ def test_a_continued_run_keeps_the_choice_though_it_is_asked_again(
     memory_of(monkeypatch, 1)  # nothing would fit now
     lab("fit", *tiny_args, *AUTO, *steps, "--ckpt_path=last")
     assert recorded("run") == ("none", 4096, 4096)
+
+
+def test_a_continued_run_is_compiled_or_not_as_it_was(tiny_args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = (*AUTO, "--model.compile=auto", "--model.cache_dequantised=auto", "--samples=0", "--run_dir=run")
+    lab("fit", *tiny_args, *asked, "--trainer.max_steps=2")
+    environment = json.loads(Path("run/environment.json").read_text())
+    assert (environment["compile"], environment["cache_dequantised"]) == (False, False)
+    monkeypatch.setattr(auto, "_compiling_pays", lambda *_: True)  # a compiler has been installed since
+    lab("fit", *tiny_args, *asked, "--trainer.max_steps=2", "--ckpt_path=last")
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["model"]["compile"] is False
 
 
 def test_evaluation_chooses_for_itself(

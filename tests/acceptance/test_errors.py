@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_lab.__main__ import COMMANDS, main
+from lightning_lab.cli import _accelerator
 from lightning_lab.configs_lookup import DEFAULTS, configs_dir, packaged_configs
 from lightning_lab.data.datamodule import ChatDataModule
 from lightning_lab.training import refusals
@@ -253,9 +254,18 @@ def test_a_gpu_that_cannot_be_used_is_no_reason_to_take_the_cpu(
         assert "set trainer.accelerator to cpu" in line
     assert not (tmp_path / "run").exists()
     assert main(["fit", *tiny_args, *steps, "--trainer.accelerator=cpu"]) == 0
-    assert "warning: on the CPU, but there is an NVIDIA GPU" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("warning: on the CPU, but there is an NVIDIA GPU") == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
     assert refusals.unusable_gpu() is None
+
+
+def test_only_names_of_gpus_are_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        for asked in ("cpu", "mps", "cdua", object()):
+            assert _accelerator(asked) is asked  # Lightning and `refuse_trainer` judge them
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [_accelerator(asked) for asked in ("auto", "gpu", "cuda")] == ["cuda", "gpu", "cuda"]
 
 
 def test_preview_needs_no_gpu(tiny_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,7 +152,47 @@ class TestFigures:
         assert len(rows.rows) == 4
 
 
+class _Stop(pl.Callback):
+    """Ctrl-C in the middle of an evaluation."""
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    on_predict_batch_end = on_validation_batch_end
+
+
 class TestAgain:
+    @pytest.mark.parametrize("command", ["validate", "predict"])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_fit_after_an_evaluation_that_was_interrupted(
+        self, module: Any, data: Any, command: str, dtype: str
+    ) -> None:
+        m, d = module(compute_dtype=dtype, max_new_tokens=2), data()
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            getattr(trainer(callbacks=[_Stop()]), command)(m, datamodule=d)
+        before = [weight.detach().clone() for weight in m.trainable()]
+        trainer(max_steps=2).fit(m, d)
+        assert any(not torch.equal(a, b) for a, b in zip(m.trainable(), before, strict=True))
+
+    def test_fit_chooses_for_itself_what_an_evaluation_has_chosen(
+        self, module: Any, data: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        auto = {"checkpointing": "auto", "cache_dequantised": "auto", "compile": "auto"}
+        m, d = module(**auto), data(micro_batch_tokens="auto")
+        chosen: list[bool] = []
+        choose = memory.choose
+
+        def watched(*args: Any, **options: Any) -> Any:
+            chosen.append(options["training"])
+            return choose(*args, **options)
+
+        monkeypatch.setattr(memory, "choose", watched)
+        trainer().validate(m, d)
+        assert (m.hparams.compile, m.checkpointing) == (False, "none")
+        trainer(max_steps=1).fit(m, d)
+        assert chosen == [False, True]
+        assert callable(m.compile)  # nn.Module's own
+
     def test_a_second_fit_begins_at_step_1(self, module: Any, data: Any) -> None:
         m, d, first, second = module(), data(), Rows(), Rows()
         trainer(max_epochs=1, callbacks=[first]).fit(m, d)

@@ -228,7 +228,7 @@ def saved_bytes(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> 
     kept_by_layers = [
         tensor
         for layer in model.modules()
-        for kept in (getattr(layer, "plain_weight", None), getattr(layer, "rounded", None))
+        for kept in (getattr(layer, "plain_weight", None), *getattr(layer, "rounded", {}).values())
         for tensor in kept or ()
         if isinstance(tensor, torch.Tensor)
     ]

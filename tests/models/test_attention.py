@@ -1,8 +1,17 @@
+from itertools import pairwise
+
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lab.models.attention import attention_kernel, document_attention, register_document_attention
+from lightning_lab.models import attention
+from lightning_lab.models.attention import (
+    attention_arguments,
+    attention_kernel,
+    document_attention,
+    register_document_attention,
+)
 
 LENGTHS = (5, 1, 9, 3)
 
@@ -90,6 +99,82 @@ def test_what_it_cannot_honour_is_refused(wrong: dict[str, object]) -> None:
     document_attention(torch.nn.Identity(), **good)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="document attention"):
         document_attention(torch.nn.Identity(), **(good | wrong))  # type: ignore[arg-type]
+
+
+# --- the memory-efficient kernel, which only a GPU has: its layout and the sums over heads that share a key ---
+
+BORDERS = torch.tensor([0, 5, 6, 15, 18], dtype=torch.int32)
+
+
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Document by document, ``[1, T, heads, head_dim]``, as many keys as queries."""
+    found = []
+    for start, end in pairwise(BORDERS.tolist()):
+        pieces = (x[:, start:end].transpose(1, 2) for x in (q, k, v))
+        found.append(F.scaled_dot_product_attention(*pieces, is_causal=True, scale=scale).transpose(1, 2))
+    return torch.cat(found, 1)
+
+
+class _Kernels:
+    """Stand in for the two operators, in float64, with their arguments' order and shapes."""
+
+    @staticmethod
+    def _efficient_attention_forward(q, k, v, bias, cu_q, cu_k, longest_q, longest_k, dropout, mask, keep, *, scale):  # type: ignore[no-untyped-def]
+        assert (bias, dropout, mask, keep, longest_q, longest_k) == (None, 0.0, 1, True, 9, 9)  # 1: causal
+        assert torch.equal(cu_q, BORDERS)
+        assert torch.equal(cu_k, BORDERS)
+        return _plain(q, k, v, scale), torch.zeros(len(LENGTHS), q.shape[2], 32), None, None, 9, 9
+
+    @staticmethod
+    def _efficient_attention_backward(  # type: ignore[no-untyped-def]
+        grad, q, k, v, bias, out, cu_q, cu_k, longest_q, longest_k, sums, dropout, seed, offset, mask, of_bias, *, scale
+    ):
+        assert (bias, dropout, mask, of_bias, longest_q, longest_k) == (None, 0.0, 1, False, 9, 9)
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            return *torch.autograd.grad(_plain(*leaves, scale), leaves, grad), None
+
+
+def test_the_efficient_kernel_gets_and_gives_what_attention_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 18, 16, dtype=torch.float64, generator=generator) for heads in (8, 2, 2))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    repeated = [leaves[0], *(x.repeat_interleave(4, 1) for x in leaves[1:])]
+    expected = _plain(*(x.transpose(1, 2) for x in repeated), 0.25)
+    grad = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    expected_grads = torch.autograd.grad(expected, leaves, grad)
+    monkeypatch.setattr(torch.ops, "aten", _Kernels)
+    out, sums = attention.efficient_document_attention._init_fn(q, k, v, BORDERS, 9, 0.25)
+    grads = attention._efficient_backward._init_fn(grad, q, k, v, out, sums, BORDERS, 9, 0.25)
+    monkeypatch.undo()
+    torch.testing.assert_close(out, expected)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_efficient_kernel_is_differentiated_without_a_gpu_too() -> None:
+    q, k, v = (torch.empty(1, heads, 18, 16, device="meta", requires_grad=True) for heads in (8, 2, 2))
+    arguments = attention_arguments(BORDERS.to("meta"), LENGTHS, kernel="efficient")
+    out, _ = document_attention(torch.nn.Identity(), q, k, v, None, 0.25, **arguments)
+    assert out.shape == (1, 18, 8, 16)
+    out.sum().backward()
+    assert [x.grad is not None and x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kernel"),
+    [
+        ((9, 0), torch.bfloat16, "varlen"),
+        ((8, 0), torch.float16, "varlen"),
+        ((8, 0), torch.float32, "efficient"),
+        ((7, 5), torch.float16, "efficient"),
+    ],
+)
+def test_kernel_choice(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, kernel: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention_kernel(torch.device("cuda"), dtype) == kernel
 
 
 def test_kernel_choice_without_a_gpu() -> None:

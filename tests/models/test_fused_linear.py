@@ -257,3 +257,34 @@ def test_rounded_adapters_are_used_until_they_are_let_go(tiny_folder: Path) -> N
     assert loss_and_gradients(model)[0] == before  # they are not refreshed
     kept.close()
     assert loss_and_gradients(model)[0] != before
+
+
+def test_layers_that_are_merged_by_then_are_read_anew_when_they_are_not(tiny_folder: Path) -> None:
+    model = adapt(load(tiny_folder, 4), fused=True)
+    layer = layer_of(model)
+    layer.merge()
+    KeptTensors(model, torch.float32)
+    layer.unmerge()
+    x = torch.randn(1, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), lora.Linear4bit.forward(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_another_adapter_is_not_taken_for_the_rounded_one(tiny_folder: Path) -> None:
+    model = adapt(load(tiny_folder, 4, torch.bfloat16), fused=True)
+    KeptTensors(model, torch.bfloat16)
+    model.add_adapter("other", model.peft_config["default"])  # B is 0
+    model.set_adapter("other")
+    with model.disable_adapter():
+        base = model(input_ids=IDS).logits
+    assert torch.equal(model(input_ids=IDS).logits, base)
+    model.base_model.set_adapter(["default", "other"])  # both at once go PEFT's way
+    KeptTensors(model, torch.bfloat16)
+    assert model(input_ids=IDS).logits.isfinite().all()
+
+
+def test_what_an_evaluation_made_can_be_trained_with(tiny_folder: Path) -> None:
+    model = adapt(load(tiny_folder, 4, torch.bfloat16), fused=True)
+    with torch.inference_mode():
+        kept = KeptTensors(model, torch.bfloat16)
+    kept.refresh()
+    assert loss_and_gradients(model)[1]

@@ -118,7 +118,7 @@ def test_weights_adapters_and_optimizer_are_counted_to_the_byte(folder: Path) ->
     layers = [layer for layer in model.modules() if getattr(layer, "plain_weight", None)]
     scales += sum(layer.plain_weight.scales.nbytes for layer in layers)
     in_half = peak_parts(model.config, settings(compute_dtype="float16"), GPU, 100, 50)
-    rounded = sum(tensor.nbytes for layer in layers for tensor in layer.rounded)
+    rounded = sum(tensor.nbytes for layer in layers for pair in layer.rounded.values() for tensor in pair)
     trained = [w for w in model.parameters() if w.requires_grad]
     assert parts["tables"] == sum(w.nbytes for w in {w.data_ptr(): w for w in whole}.values())
     assert parts["linears"] == sum(w.nbytes for w in packed)
