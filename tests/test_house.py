@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lightning_lab"
-MOST_CODE = 7_450  # without serving/; the aim is 4,000, and 450 for data, 350 for GPUs
+MOST_CODE = 7_490  # without serving/; the aim is 4,000, and 450 for data, 350 for GPUs
 LONGEST_FILE = 350
 # From the ground floor up: a part imports parts before it alone; those of one line do not know each other.
 FLOORS = (
