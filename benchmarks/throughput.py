@@ -1,7 +1,7 @@
 """Training speed and memory of lightning_lab, TRL and Unsloth side by side, on the same token ids in the same order.
 
     python benchmarks/throughput.py --python trl=TRL_ENV/bin/python --python unsloth=UNSLOTH_ENV/bin/python
-    python benchmarks/throughput.py --preset notebook-3b --python trl=... --python unsloth=...    # a GPU and the Hub
+    python benchmarks/throughput.py --preset lab-3b --python trl=... --python unsloth=...    # a GPU and the Hub
 
 Each backend runs in processes of its own, in its own environment, one after another and in turns, so that a drift of
 the machine falls on all alike. A backend that cannot run says why in its row. Results, raw logs and the specification
@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,17 @@ HERE = Path(__file__).parent
 # Backend -> worker, environment it runs in, and what differs from the common settings.
 BACKENDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lightning_lab": ("lab.py", "lightning_lab", {}),
-    "trl": ("trl_sft.py", "trl", {}),
-    "trl-packing": ("trl_sft.py", "trl", {"packing": True, "micro_batch": 1}),
-    "trl-8x1": ("trl_sft.py", "trl", {"micro_batch": 8}),
-    "unsloth": ("unsloth_sft.py", "unsloth", {}),
-    "unsloth-packing": ("unsloth_sft.py", "unsloth", {"packing": True, "micro_batch": 1}),
-    "unsloth-8x1": ("unsloth_sft.py", "unsloth", {"micro_batch": 8}),
+    "lightning_lab-full": ("lab.py", "lightning_lab", {"set": ["model.checkpointing=full"]}),
+    "lightning_lab-eager": (
+        "lab.py",
+        "lightning_lab",
+        {"set": ["model.checkpointing=none", "model.compile=false", "data.micro_batch_tokens=16384"]},
+    ),
+    "lightning_lab-best": (
+        "lab.py",
+        "lightning_lab",
+        {"set": ["model.checkpointing=none", "model.compile=true", "data.micro_batch_tokens=16384"]},
+    ),
     "lightning_lab-cache": ("lab.py", "lightning_lab", {"set": ["model.cache_dequantised=true"]}),
     "lightning_lab-compile": ("lab.py", "lightning_lab", {"set": ["model.compile=true"]}),
     "lightning_lab-selective": ("lab.py", "lightning_lab", {"set": ["model.checkpointing=selective"]}),
@@ -47,20 +54,42 @@ BACKENDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "lightning_lab",
         {"set": ["model.checkpointing=selective", "model.compile=true"]},
     ),
+    "trl": ("trl_sft.py", "trl", {}),
+    "trl-packing": ("trl_sft.py", "trl", {"packing": True, "micro_batch": 1}),
+    "trl-8x1": ("trl_sft.py", "trl", {"micro_batch": 8}),
+    "trl-8x1-none": ("trl_sft.py", "trl", {"micro_batch": 8, "checkpointing": "none"}),
+    "unsloth": ("unsloth_sft.py", "unsloth", {}),
+    "unsloth-shipped": ("unsloth_sft.py", "unsloth", {"exact_name": False}),
+    "unsloth-packing": ("unsloth_sft.py", "unsloth", {"packing": True, "micro_batch": 1}),
+    "unsloth-8x1": ("unsloth_sft.py", "unsloth", {"micro_batch": 8}),
+    "unsloth-8x1-none": ("unsloth_sft.py", "unsloth", {"micro_batch": 8, "checkpointing": "none"}),
 }
+_FINETOME = {"source": "mlabonne/FineTome-100k", "steps": 60}
 PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {"base": "embedded", "source": "chitchat", "conversations": 400, "steps": 8, "checkpointing": "none"},
-    "notebook-3b": {"base": "unsloth/Llama-3.2-3B-Instruct", "source": "mlabonne/FineTome-100k", "steps": 60},
-    "notebook-1b": {"base": "unsloth/Llama-3.2-1B-Instruct", "source": "mlabonne/FineTome-100k", "steps": 60, "r": 32},
+    "cpu": {
+        "base": "embedded",
+        "source": "chitchat",
+        "conversations": 400,
+        "steps": 8,
+        "checkpointing": "none",
+        "micro_batch_tokens": 2048,
+    },
+    "lab-3b": {"base": "unsloth/Llama-3.2-3B-Instruct", **_FINETOME},
+    "lab-1b": {"base": "unsloth/Llama-3.2-1B-Instruct", **_FINETOME, "r": 32, "lr": 3e-4},
 }
 EVALUATIONS = 2  # the first warms up, the second counts
 # The lab's notebooks as they were published with their outputs, not measured by this script.
 RECORDED = {
-    "notebook-3b": "| Unsloth 2024.10.0 on a T4, fp16, as recorded in the lab's notebook (60 steps in 446.5 s) | | | | "
+    "lab-3b": "| Unsloth 2024.10.0 on a T4, fp16, as recorded in the lab's notebook (60 steps in 446.5 s) | | | | "
     "7.44 | 6.531 GB reserved | | | |",
-    "notebook-1b": "| Unsloth 2025.11.6 on a T4, fp16, r 32, as recorded by the lab (3.23 conversations/s) | | | | "
+    "lab-1b": "| Unsloth 2025.11.6 on a T4, fp16, r 32, as recorded by the lab (3.23 conversations/s) | | | | "
     "2.48 | 3.018 GB reserved | | | 5.83 conversations/s |",
 }
+
+
+def timed(steps: list[Any]) -> list[Any]:
+    """The steps that count: not the first, which warms up, nor the last, as loaders of packed rows run out there."""
+    return steps[1:-1] or steps[1:]
 
 
 @dataclass
@@ -72,18 +101,18 @@ class Result:
     reason: str = ""
 
     def median(self, key: str) -> float:
-        """Median over the steps after the first, of all repeats, of a count per second."""
-        return statistics.median(s[key] / s["seconds"] for r in self.repeats for s in r["steps"][1:])
+        """Median over the timed steps of all repeats of a count per second."""
+        return statistics.median(s[key] / s["seconds"] for r in self.repeats for s in timed(r["steps"]))
 
     def overall(self, key: str) -> float:
-        """Counts over seconds, both summed over the steps after the first of all repeats."""
-        steps = [s for r in self.repeats for s in r["steps"][1:]]
+        """Counts over seconds, both summed over the timed steps of all repeats."""
+        steps = [s for r in self.repeats for s in timed(r["steps"])]
         return sum(s[key] for s in steps) / sum(s["seconds"] for s in steps)
 
     @property
     def seconds(self) -> float:
-        """Median seconds of a step after the first."""
-        return statistics.median(s["seconds"] for r in self.repeats for s in r["steps"][1:])
+        """Median seconds of a timed step."""
+        return statistics.median(s["seconds"] for r in self.repeats for s in timed(r["steps"]))
 
     @property
     def evaluation(self) -> float | None:
@@ -111,21 +140,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluate", type=int, default=32, help="conversations to evaluate on afterwards; 0 for none")
     parser.add_argument("--eval_batch", type=int, default=8, help="conversations a batch of the peers' evaluation")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--checkpointing", choices=["none", "full"], default=None)
+    parser.add_argument("--checkpointing", choices=["none", "full"], default=None, help="of all; else ours is auto")
     parser.add_argument("--compute_dtype", default="auto")
     parser.add_argument("--max_length", type=int, default=2048)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--micro_batch", type=int, default=2, help="conversations a micro-batch, of the peers")
-    parser.add_argument("--micro_batch_tokens", type=int, default=2048, help="of lightning_lab")
+    parser.add_argument("--micro_batch_tokens", default=None, help="of lightning_lab: a number or auto")
     parser.add_argument("--r", type=int, default=None)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--attention", default="sdpa", help="of TRL: sdpa, flash_attention_2, ...")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="more keys for lightning_lab")
     parser.add_argument("--timeout", type=float, default=7200.0, help="seconds a run may take")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "throughput")
     options = parser.parse_args()
-    defaults = {"checkpointing": "full", "conversations": 1000, "r": 16} | PRESETS[options.preset]
+    options.ours = options.checkpointing or PRESETS[options.preset].get("checkpointing", "auto")
+    defaults = {"checkpointing": "full", "micro_batch_tokens": "auto", "conversations": 1000, "r": 16, "lr": 2e-4}
+    defaults |= PRESETS[options.preset]
     for key, value in defaults.items():
         if getattr(options, key) is None:
             setattr(options, key, value)
@@ -146,7 +177,6 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         max_length=options.max_length,
         on_bad_row="drop",
         batch_size=options.batch_size,
-        micro_batch_tokens=options.micro_batch_tokens,
     )
     data.prepare(progress=True)
 
@@ -168,7 +198,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         "model.lr": options.lr,
         "model.r": options.r,
         "model.alpha": options.r,
-        "model.checkpointing": options.checkpointing,
+        "model.checkpointing": options.ours,
         "data.source": options.source,
         "data.rows": rows,
         "data.split": str(split).replace(" ", ""),
@@ -197,6 +227,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         "compute_dtype": dtype,
         "checkpointing": options.checkpointing,
         "packing": False,
+        "exact_name": True,
         "attention": options.attention,
         "lr": options.lr,
         "r": options.r,
@@ -207,10 +238,27 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run(name: str, repeat: int, spec: dict[str, Any], python: dict[str, str], options: argparse.Namespace) -> Any:
-    """Run one worker; return its report, or the reason why there is none."""
+def run(
+    name: str,
+    repeat: int,
+    spec: dict[str, Any],
+    python: dict[str, str],
+    options: argparse.Namespace,
+    within: Sequence[str] = (),
+) -> Any:
+    """Run one worker; return its report, or the reason why there is none.
+
+    Args:
+        name: The backend.
+        repeat: Which of its runs.
+        spec: What `prepare` returned.
+        python: Environment -> interpreter.
+        options: The command line's.
+        within: A command that runs the worker's, as the null GPU's does; it brings an accelerator.
+
+    """
     worker, environment, changes = BACKENDS[name]
-    if environment == "unsloth" and not torch.cuda.is_available():
+    if environment == "unsloth" and not within and not torch.cuda.is_available():
         return "needs an accelerator (Unsloth refuses to import without one)"
     if environment not in python:
         return f"no environment given: --python {environment}=PATH"
@@ -220,8 +268,8 @@ def run(name: str, repeat: int, spec: dict[str, Any], python: dict[str, str], op
     spec = spec | changes | {"folder": str(folder), "set": spec["set"] + changes.get("set", [])}
     (folder / "spec.json").write_text(json.dumps(spec, indent=1))
     result = folder / "result.json"
-    command = [python[environment], str(HERE / "workers" / worker), str(folder / "spec.json"), str(result)]
-    variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [*within, python[environment], str(HERE / "workers" / worker), str(folder / "spec.json"), str(result)]
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth")}
     if options.threads:
         variables["OMP_NUM_THREADS"] = str(options.threads)
     variables.pop("PYTHONPATH", None)
@@ -242,47 +290,52 @@ def run(name: str, repeat: int, spec: dict[str, Any], python: dict[str, str], op
         lines = (folder / "log.txt").read_text().strip().splitlines()
         return f"failed: {lines[-1][:200] if lines else status}"
     reported = json.loads(result.read_text())
-    if not spec["packing"]:
-        _count_tokens(reported["steps"], spec, padded=environment != "lightning_lab")
+    tokens = [step["tokens"] for step in reported["steps"]]
+    if not spec["packing"] and tokens != [sum(lengths) for lengths in spec["lengths"]]:
+        return "failed: its steps were of other conversations"
     return reported | {"evaluation_tokens": spec["evaluation_tokens"]}
 
 
-def _count_tokens(steps: list[dict[str, Any]], spec: dict[str, Any], padded: bool) -> None:
-    """Set each step's tokens from the specification: a worker's collator runs ahead of the step that it counts for.
-
-    Packing changes what a step holds, so there the worker's own counts stand, one micro-batch ahead.
-    """
-    for step, lengths, supervised in zip(steps, spec["lengths"], spec["supervised"], strict=True):
-        size = spec["micro_batch"]
-        groups = [lengths[i : i + size] for i in range(0, len(lengths), size)]
-        step["tokens"], step["supervised_tokens"] = sum(lengths), supervised
-        step["padded_tokens"] = sum(len(group) * max(group) for group in groups) if padded else sum(lengths)
-
-
 def matrix_rate(dtype: torch.dtype, threads: int | None) -> float:
-    """Measured floating-point operations per second of a large matrix product: the best of several."""
+    """Measured floating-point operations per second of a large matrix product.
+
+    On a GPU the mean over 8 s after 4 s, as a card at its power limit does not keep up what it does in a burst; on a
+    CPU the best of six. To be called in a process of its own, which frees what a GPU holds for it.
+    """
     if threads:
         torch.set_num_threads(threads)
-    cuda = torch.cuda.is_available()
-    size = 8192 if cuda else 2048
-    a, b = (torch.randn(size, size, device="cuda" if cuda else "cpu").to(dtype) for _ in range(2))
-    best = float("inf")
+    if torch.cuda.is_available():
+        size = 8192
+        a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+        for seconds in (4, 8):
+            products, started = 0, time.perf_counter()
+            while time.perf_counter() - started < seconds:
+                for _ in range(4):
+                    a @ b
+                torch.cuda.synchronize()
+                products += 4
+            taken = time.perf_counter() - started
+        return products * 2 * size**3 / taken
+    size, best = 2048, float("inf")
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     for _ in range(6):
-        if cuda:
-            torch.cuda.synchronize()
         started = time.perf_counter()
         a @ b
-        if cuda:
-            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
 
 
+def _matrix_rate(dtype: str, threads: int | None) -> float:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(matrix_rate, getattr(torch, dtype), threads).result()
+
+
 def useful_operations(spec: dict[str, Any], base: str) -> float:
-    """Floating-point operations of all steps but the first that the result needs, whoever computes it.
+    """Floating-point operations of the timed steps that the result needs, whoever computes it.
 
     Frozen linears: forward and input gradient. Adapters: also weight gradients. Causal attention: two products
-    forward, four backward, over half of each document's square. Head: forward and input gradient at supervised tokens.
+    forward, four backward, over half of each document's square. Head: forward and input gradient at supervised tokens,
+    which is all that lightning_lab and Unsloth project.
     """
     config = load_config(base)
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -293,7 +346,7 @@ def useful_operations(spec: dict[str, Any], base: str) -> float:
     frozen = layers * sum(i * o for i, o in shapes)
     adapters = layers * spec["r"] * sum(i + o for i, o in shapes)
     total = 0.0
-    for lengths, supervised in zip(spec["lengths"][1:], spec["supervised"][1:], strict=True):
+    for lengths, supervised in zip(timed(spec["lengths"]), timed(spec["supervised"]), strict=True):
         total += sum(lengths) * (4 * frozen + 6 * adapters)
         total += layers * sum(6 * length * length * width for length in lengths)
         total += 4 * supervised * hidden * config.vocab_size
@@ -312,9 +365,9 @@ def report(results: list[Result], spec: dict[str, Any], options: argparse.Namesp
         if result.reason:
             lines.append(f"| {result.name} | {result.reason} | | | | | | | |")
             continue
-        tokens = sum(map(sum, spec["lengths"][1:]))
-        done = [sum(s["tokens"] for s in r["steps"][1:]) for r in result.repeats]
-        seconds = [sum(s["seconds"] for s in r["steps"][1:]) for r in result.repeats]
+        tokens = sum(map(sum, timed(spec["lengths"])))
+        done = [sum(s["tokens"] for s in timed(r["steps"])) for r in result.repeats]
+        seconds = [sum(s["seconds"] for s in timed(r["steps"])) for r in result.repeats]
         # packing changes what a step holds: its operations are taken in proportion to the tokens
         mfu = statistics.median(work * d / tokens / s / rate for d, s in zip(done, seconds, strict=True))
         reserved = result.peak("peak_reserved_mib")
@@ -334,12 +387,14 @@ def report(results: list[Result], spec: dict[str, Any], options: argparse.Namesp
     measured = [r for r in results if not r.reason]
     lines += [
         "",
-        "Tokens/s and s/step: median over the steps after the first of all repeats. Per repeat, real tokens/s:",
+        "Tokens/s and s/step: median over the steps but the first and the last of all repeats. Memory: after the last "
+        "timed step, before any evaluation of the peers. Per repeat, real tokens/s:",
         "",
     ]
     for result in measured:
         each = [
-            sum(s["tokens"] for s in r["steps"][1:]) / sum(s["seconds"] for s in r["steps"][1:]) for r in result.repeats
+            sum(s["tokens"] for s in timed(r["steps"])) / sum(s["seconds"] for s in timed(r["steps"]))
+            for r in result.repeats
         ]
         lines.append(f"* {result.name}: {', '.join(f'{value:.1f}' for value in each)}")
     ours = next((r for r in measured if r.name == "lightning_lab"), None)
@@ -391,7 +446,7 @@ def main() -> None:
     results = [Result(name, []) for name in options.backends]
     rates = []
     for repeat in range(options.repeats):
-        rates.append(matrix_rate(getattr(torch, spec["compute_dtype"]), options.threads))
+        rates.append(_matrix_rate(spec["compute_dtype"], options.threads))
         for result in results if repeat % 2 == 0 else reversed(results):
             if result.reason:
                 continue

@@ -5,6 +5,7 @@ import json
 import resource
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,59 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+sys.path.insert(0, str(Path(__file__).parent))
+import counting
+
 
 class Measured(TrainerCallback):
-    """Each step's time, from the end of the step before, its loss and its tokens."""
+    """Each step's time, from the end of the step before, its loss, its tokens and what a null GPU counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: dict[str, Any]) -> None:
         self.steps: list[dict[str, Any]] = []
+        self.collated: deque[tuple[int, int, int]] = deque()  # counts of micro-batches that are not trained on yet
         self.counts = [0, 0, 0]
-        self._ended = 0.0
+        self.memory: dict[str, float | None] = {}
+        self._last, self._ended, self._micro_batches = spec["steps"] - 1, 0.0, 0
+        self._counter = counting.Counter(spec)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the first step's clock."""
+        self._counter.begin()
         self._ended = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the step's time and tokens."""
+        """Take the step's time and tokens, and memory after the last step but one."""
+        counted = self._counter.end(self._micro_batches)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
         real, supervised, padded = self.counts
-        self.steps.append(
-            {"seconds": now - self._ended, "tokens": real, "supervised_tokens": supervised, "padded_tokens": padded}
-        )
-        self.counts[:] = [0, 0, 0]
-        self._ended = now
+        step = {"seconds": now - self._ended, "tokens": real, "supervised_tokens": supervised, "padded_tokens": padded}
+        self.steps.append(step | ({"counted": counted} if counted else {}))
+        if len(self.steps) == self._last:
+            self.memory = _memory(torch.cuda.is_available())
+        self.counts, self._micro_batches = [0, 0, 0], 0
+        self._counter.begin()
+        self._ended = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Take the step's loss."""
         if "loss" in logs:
             self.steps[-1]["loss"] = float(logs["loss"])
+
+    def watch(self, trainer: Any) -> None:
+        """Count what the trainer's collator makes when it is trained on: the loader runs ahead of the step."""
+        train = trainer.training_step
+
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            collated = self.collated.popleft()
+            self.counts = [a + b for a, b in zip(self.counts, collated, strict=True)]
+            self._counter.expect(collated[1])
+            self._micro_batches += 1
+            return train(*args, **kwargs)
+
+        trainer.training_step = training_step
+        trainer.data_collator = CountingCollator(trainer.data_collator, self)
 
 
 class CountingCollator:
@@ -55,8 +80,7 @@ class CountingCollator:
         """Collate and count."""
         batch = self.collate(examples)
         real = sum(len(example["input_ids"]) for example in examples)
-        for i, count in enumerate((real, int((batch["labels"] != -100).sum()), batch["input_ids"].numel())):
-            self.measured.counts[i] += count
+        self.measured.collated.append((real, int((batch["labels"] != -100).sum()), batch["input_ids"].numel()))
         return batch
 
 
@@ -79,7 +103,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     )
     tokenizer = AutoTokenizer.from_pretrained(spec["base"])
     train, evaluated = conversations(spec)
-    measured = Measured()
+    measured = Measured(spec)
     config = SFTConfig(
         **trainer_arguments(spec),
         max_grad_norm=1.0,
@@ -105,7 +129,11 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         ),
         callbacks=[measured],
     )
-    trainer.data_collator = CountingCollator(trainer.data_collator, measured)
+    if spec["compute_dtype"] == "float16":
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:  # TRL makes adapters bfloat16, which the scaler of float16's gradients refuses
+                parameter.data = parameter.data.float()
+    measured.watch(trainer)
     return summary(trainer, measured, spec, "trl", "transformers", "peft", "bitsandbytes", "torch")
 
 
@@ -145,7 +173,6 @@ def summary(trainer: Any, measured: Measured, spec: dict[str, Any], *packages: s
     """Train, then evaluate as often as asked; what a worker reports."""
     trainer.train()
     cuda = torch.cuda.is_available()
-    trained = _memory(cuda)
     seconds = None
     for _ in range(spec["evaluations"]):
         started = time.perf_counter()
@@ -154,7 +181,7 @@ def summary(trainer: Any, measured: Measured, spec: dict[str, Any], *packages: s
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     return {
-        **trained,
+        **measured.memory,
         "evaluation_seconds": seconds,
         "steps": measured.steps,
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),

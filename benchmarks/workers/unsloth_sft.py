@@ -1,8 +1,9 @@
 """Unsloth on given token ids, as its own notebooks call it. Run by throughput.py in an environment that holds Unsloth.
 
-Usage: SPEC RESULT. Written from Unsloth's documented interface; it needs an accelerator and has not been run yet.
+Usage: SPEC RESULT. It needs an accelerator: it has run on a null GPU (null_gpu.py), not yet on a real one.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from trl_sft import CountingCollator, Measured, conversations, summary, trainer_arguments
+from trl_sft import Measured, conversations, summary, trainer_arguments
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -23,6 +24,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         max_seq_length=spec["max_length"],
         dtype=getattr(torch, spec["compute_dtype"]),
         load_in_4bit=True,
+        # Without it a name is mapped to a repository of Unsloth's, of other weights with some layers in 16 bits.
+        use_exact_model_name=spec["exact_name"],
     )
     model = FastLanguageModel.get_peft_model(
         model,
@@ -34,9 +37,9 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         use_gradient_checkpointing="unsloth" if spec["checkpointing"] == "full" else False,
         random_state=3407,
     )
-    measured = Measured()
+    measured = Measured(spec)
     train, evaluated = conversations(spec)
-    sequential = "train_sampling_strategy" in SFTConfig.__annotations__  # of newer versions
+    sequential = "train_sampling_strategy" in {field.name for field in dataclasses.fields(SFTConfig)}
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
@@ -49,7 +52,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         ),
         callbacks=[measured],
     )
-    trainer.data_collator = CountingCollator(trainer.data_collator, measured)
+    measured.watch(trainer)
     return summary(trainer, measured, spec, "unsloth", "trl", "transformers", "peft", "bitsandbytes", "torch")
 
 
