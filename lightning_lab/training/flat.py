@@ -38,17 +38,18 @@ class FlatWeights:
 
     def release(self) -> None:
         """Let go of all that the weights, which have been moved elsewhere, do not need."""
-        self._gathered = None
-        for weight in (self._whole, *self.weights):
-            weight.grad = None
+        self._clear_gradients()
         self._whole.data = self._whole.data.new_empty(0)
 
     def begin_step(self) -> None:
         """Let go of the gradients of the step before, and see that the weights are where the optimizer finds them."""
+        self._clear_gradients()
+        self._lay_out()
+
+    def _clear_gradients(self) -> None:
         self._gathered = None
         for weight in (self._whole, *self.weights):
             weight.grad = None
-        self._lay_out()
 
     @torch.no_grad()
     def _lay_out(self) -> None:
